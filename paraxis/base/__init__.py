@@ -1,0 +1,1 @@
+"""Words every room shares: axes, layouts, seams, errors, configuration. Imports nothing above itself."""

@@ -1,0 +1,111 @@
+"""The one page on which rooms that never import each other meet: what a model, an attention, a loss and data must be.
+
+b batch rows, t query positions, s key positions, h query heads, g key/value heads, d head width, m model width, v vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100  # a target that is not trained on
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of rows. A recipe with other inputs may subclass it and add tensors whose first dimension is b.
+
+    tokens_bt and targets_bt are int64, targets_bt is IGNORE where nothing is predicted. positions_bt counts from the
+    start of each document when attention is confined to documents, else from the start of the row. documents_bt
+    numbers the document each position belongs to within its row, or is None where attention sees the whole row.
+    """
+
+    tokens_bt: Tensor
+    targets_bt: Tensor
+    positions_bt: Tensor
+    documents_bt: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`, copied without blocking where the source is pinned."""
+        moved = {f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def target_count(self) -> Tensor:
+        """How many positions are trained on: an int64 scalar on the batch's device."""
+        return (self.targets_bt != IGNORE).sum()
+
+
+class Attend(Protocol):
+    """Causal attention. `mask` prepares, once a forward, whatever `__call__` needs to keep documents apart."""
+
+    def mask(self, documents_bt: Tensor | None) -> Any: ...
+
+    def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Any) -> Tensor: ...
+
+
+class HeadLoss(Protocol):
+    """Projection to the vocabulary and cross-entropy in one: the summed loss over targets, a scalar of at least fp32."""
+
+    def __call__(self, x_btm: Tensor, weight_vm: Tensor, targets_bt: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class HasAttention(Protocol):
+    """A model whose attention can be exchanged: for a faster kernel, or one spread over ranks."""
+
+    def use_attention(self, attend: Attend) -> None: ...
+
+
+@runtime_checkable
+class HasHeadLoss(Protocol):
+    """A model that ends in a vocabulary projection whose loss can be exchanged: chunked, vocabulary-parallel."""
+
+    def use_head_loss(self, head_loss: HeadLoss) -> None: ...
+
+
+class Model(Protocol):
+    """What training needs of an `nn.Module`: `forward(batch)` returns the loss *summed* over targets.
+
+    `layout` says where tensors may be split, `init` how parameters start (patterns to `Init` rules, see models/init.py),
+    `keys` maps our names to Hugging Face's; `blocks()` lists the repeated units that are compiled,
+    recomputed and gathered one at a time.
+    """
+
+    layout: ClassVar[Mapping[str, Any]]
+
+    def forward(self, batch: Batch) -> Tensor: ...
+
+    def blocks(self) -> Sequence[nn.Module]: ...
+
+
+class ModelConfig(Protocol):
+    """A frozen dataclass that builds its model. `build` runs under `torch.device("meta")`: no values, no memory."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def build(self) -> nn.Module: ...
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of one trained token, forward and backward, causal attention counted once."""
+        ...
+
+
+class Rows(Protocol):
+    """Training rows as a pure function of their index, the same on every rank: position is one integer.
+
+    `row(i)` returns int64 arrays of length seq_len by Batch field name ("tokens_bt", ...). `length` is the number of rows of one
+    pass, for held-out data; training rows go on for ever, pass after pass.
+    """
+
+    fingerprint: str
+    length: int
+    vocab_size: int
+
+    def row(self, index: int) -> Mapping[str, Any]: ...
+
+
+Forward = Callable[[Batch], Tensor]
