@@ -108,4 +108,15 @@ class Rows(Protocol):
     def row(self, index: int) -> Mapping[str, Any]: ...
 
 
-Forward = Callable[[Batch], Tensor]
+class RowsConfig(Protocol):
+    """What a recipe's own `data` section must offer in place of `data.config.DataConfig`: a frozen dataclass."""
+
+    @property
+    def seq_len(self) -> int: ...
+
+    def rows(self, seed: int) -> Rows: ...
+
+    def held_out(self) -> Rows | None: ...
+
+
+Forward = Callable[[Batch], Tensor]  # a batch to its summed loss

@@ -1,0 +1,168 @@
+"""The only reader of the environment: who started this process, as which rank of how many, and where caches live.
+
+Four ways to be started, told apart in this order:
+
+    local     by `resilience/launch.py` on this machine; ranks meet through a file in a private folder
+    torchrun  by torchrun, or anything that sets the same variables
+    slurm     by srun with more than one task; an sbatch script or a one-task shell is not a worker
+    none      by a person
+"""
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from paraxis.base.errors import ConfigError
+
+_STORE = "PARAXIS_STORE"
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What the environment says. Local workers meet through the file `store_path`; others at `master_addr:master_port`."""
+
+    launcher: Literal["none", "local", "torchrun", "slurm"] = "none"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    store_path: Path | None = None
+    master_addr: str = ""
+    master_port: int = 0
+    cache_dir: Path
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether a launcher started this process as one of its ranks."""
+        return self.launcher != "none"
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """The record of `variables`, by default of this process. Raises ConfigError for a worker's variables that are missing or no numbers."""
+    variables = os.environ if variables is None else variables
+    cache_dir = _cache_dir(variables)
+    if _STORE in variables:
+        return replace(_numbered("local", variables, cache_dir), store_path=Path(variables[_STORE]))
+    if "RANK" in variables and "WORLD_SIZE" in variables:
+        host, port = _text("torchrun", variables, "MASTER_ADDR"), _number("torchrun", variables, "MASTER_PORT")
+        return replace(_numbered("torchrun", variables, cache_dir), master_addr=host, master_port=port)
+    if _is_srun_task(variables):
+        return _slurm(variables, cache_dir)
+    return Environment(cache_dir=cache_dir)
+
+
+def worker_variables(rank: int, ranks: int, store_path: Path) -> dict[str, str]:
+    """This process's environment, changed to that of local worker `rank` of `ranks`, which meet through the file `store_path`."""
+    variables = {
+        **os.environ,
+        **dict(zip(_RANKS, map(str, (rank, ranks, rank, ranks)), strict=True)),
+        _STORE: str(store_path),
+        # One machine needs no other interface, and on this one nobody else can connect.
+        "GLOO_SOCKET_IFNAME": _LOOPBACK,
+        "NCCL_SOCKET_IFNAME": _LOOPBACK,
+    }
+    # Without a limit every rank starts a thread on every core.
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    return variables
+
+
+def allow_deterministic_kernels() -> None:
+    """Gives cuBLAS the fixed workspace without which its results vary; only before this process first uses CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache_dir(variables: Mapping[str, str]) -> Path:
+    if own := variables.get("PARAXIS_CACHE"):
+        return Path(own)
+    if shared := variables.get("XDG_CACHE_HOME"):
+        return Path(shared) / "paraxis"
+    return Path(variables.get("HOME") or os.path.expanduser("~")) / ".cache" / "paraxis"
+
+
+def _is_srun_task(variables: Mapping[str, str]) -> bool:
+    """Whether srun started this as one of several tasks. sbatch sets most of the same variables, but no step."""
+    return {"SLURM_PROCID", "SLURM_STEP_ID"} <= variables.keys() and _slurm_tasks(variables) > 1
+
+
+def _slurm_tasks(variables: Mapping[str, str]) -> int:
+    # The job may hold more tasks than this step runs.
+    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in variables else "SLURM_NTASKS"
+    return _number("slurm", variables, name) if name in variables else 1
+
+
+def _slurm(variables: Mapping[str, str], cache_dir: Path) -> Environment:
+    hosts = variables.get("SLURM_STEP_NODELIST") or _text("slurm", variables, "SLURM_JOB_NODELIST")
+    port = _number("slurm", variables, "MASTER_PORT") if "MASTER_PORT" in variables else _slurm_port(variables)
+    return Environment(
+        launcher="slurm",
+        rank=_number("slurm", variables, "SLURM_PROCID"),
+        world_size=_slurm_tasks(variables),
+        local_rank=_number("slurm", variables, "SLURM_LOCALID"),
+        local_world_size=_slurm_tasks_here(variables),
+        master_addr=variables.get("MASTER_ADDR") or first_host(hosts),
+        master_port=port,
+        cache_dir=cache_dir,
+    )
+
+
+def _slurm_port(variables: Mapping[str, str]) -> int:
+    """A port all tasks of this step agree on: below the ephemeral ports, apart for jobs and steps that share a node."""
+    return 15_000 + (97 * _number("slurm", variables, "SLURM_JOB_ID") + _number("slurm", variables, "SLURM_STEP_ID")) % 15_000
+
+
+def _slurm_tasks_here(variables: Mapping[str, str]) -> int:
+    """How many tasks run on this node, from a list such as `4(x2),3` in the order of nodes."""
+    tasks = variables.get("SLURM_STEP_TASKS_PER_NODE") or variables.get("SLURM_TASKS_PER_NODE")
+    if tasks is None:
+        return _number("slurm", variables, "SLURM_NTASKS_PER_NODE")
+    counts: list[int] = []
+    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
+        counts += [int(count)] * int(repeats or 1)
+    node = int(variables.get("SLURM_NODEID", 0))
+    if node >= len(counts):
+        raise ConfigError(f"SLURM_NODEID={node} has no entry in SLURM_TASKS_PER_NODE={tasks}; start the workers with srun")
+    return counts[node]
+
+
+def first_host(hosts: str) -> str:
+    """The first name of a Slurm host list: `node003` of `node[003-005,9],other`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
+    assert first is not None  # it matches the empty string
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
+
+
+def _numbered(launcher: Literal["local", "torchrun"], variables: Mapping[str, str], cache_dir: Path) -> Environment:
+    """The record of a worker whose place is written in torchrun's variables, which the local launcher sets too."""
+    rank, world_size, local_rank, local_world_size = (_number(launcher, variables, name) for name in _RANKS)
+    return Environment(
+        launcher=launcher,
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        cache_dir=cache_dir,
+    )
+
+
+def _text(launcher: str, variables: Mapping[str, str], name: str) -> str:
+    if not variables.get(name):
+        remedy = {"torchrun": "start with torchrun, or unset RANK and WORLD_SIZE to run alone", "slurm": "start the workers with srun"}
+        raise ConfigError(f"{name} is not set, but a worker started by {launcher} needs it; {remedy.get(launcher, 'do not set ' + _STORE)}")
+    return variables[name]
+
+
+def _number(launcher: str, variables: Mapping[str, str], name: str) -> int:
+    text = _text(launcher, variables, name)
+    if not text.isdigit():
+        raise ConfigError(f"{name}={text!r} is not a whole number; it is set by {launcher}, and has to be one")
+    return int(text)

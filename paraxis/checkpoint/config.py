@@ -1,0 +1,25 @@
+"""When a run saves, and how much of it is kept."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from paraxis.base.errors import ConfigError
+
+KEEP_LEAST = 2  # the newest may turn out damaged when it is needed
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run saves, and how much of it is kept."""
+
+    every: Annotated[int, "save every so many steps, and at the end; 0 means only at the end"] = 0
+    keep_last: Annotated[int, "complete checkpoints to keep; older ones are removed once a new one is complete"] = KEEP_LEAST
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"checkpoint.every={self.every} must be 0 (only at the end) or more")
+        if self.keep_last < KEEP_LEAST:
+            raise ConfigError(
+                f"checkpoint.keep_last={self.keep_last} must be {KEEP_LEAST} or more, "
+                f"so that a damaged checkpoint has one to fall back to; use {KEEP_LEAST}"
+            )

@@ -1,0 +1,132 @@
+"""`paraxis train`: starts the local workers of a run, or is one of them."""
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from itertools import groupby
+from pathlib import Path
+
+from paraxis.base.axes import Degrees
+from paraxis.base.config import Setting, describe, flatten, redact, suggestion, to_toml
+from paraxis.base.env import Environment, read_environment
+from paraxis.base.errors import ConfigError
+from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
+from paraxis.resilience.launch import launch
+
+OPTIONS = ("ranks", "run-dir", "resume")
+FLAGS = ("print-config", "debug", "help")
+RESUME = ("auto", "never", "must")
+
+HELP = """\
+usage: paraxis train RECIPE [--field=value ...] [options]
+
+RECIPE is a built-in name, path/to/file.py:function, package.module:function, or a TOML file that
+names one (base = "...") and changes settings. Any setting of the recipe is an option: --train.steps=20.
+Alone, the command starts its own workers; under torchrun or Slurm's srun it is one of theirs.
+
+  --ranks N        workers to start (default: as many as the parallel degrees need; with parallel.fsdp=-1
+                   every GPU of this machine)
+  --run-dir DIR    where the run is kept (default: runs/NAME)
+  --resume WHEN    auto: continue if the folder holds a checkpoint (default); must: continue or refuse;
+                   never: refuse a folder that holds a run
+  --print-config   print the resolved run as TOML, and stop
+  --debug          show tracebacks of errors
+  --help           this; with a RECIPE, all of its settings
+
+examples:
+  paraxis train debug                                      ten steps on a CPU
+  paraxis train debug --help                               its settings, with their values
+  paraxis train debug --parallel.tp=2 --train.steps=20     two workers, tensor parallel
+  paraxis train runs/debug/config.toml --run-dir runs/two  the same run again, elsewhere
+  torchrun --nproc-per-node 8 -m paraxis train llama3_8b
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code. Raises ParaxisError for what is refused or fails."""
+    parsed = parse(arguments, OPTIONS, FLAGS)
+    if not parsed.names and "help" in parsed.flags:
+        print(HELP, end="")
+        return 0
+    if len(parsed.names) != 1:
+        given = f"not {len(parsed.names)} ({' '.join(parsed.names)})" if parsed.names else "as in: paraxis train debug"
+        raise ConfigError(f"train takes one recipe, {given}; a setting is written --field=value")
+    return _run(parsed, arguments)
+
+
+def _run(parsed: Arguments, arguments: list[str]) -> int:
+    # Here, so that help does not wait for torch.
+    from paraxis.recipes.find import find
+    from paraxis.train.run import check
+    from paraxis.train.worker import run_worker
+
+    [recipe] = parsed.names
+    resume = one_of("resume", parsed.options.get("resume", "auto"), RESUME)
+    config, base = find(recipe, _known(parsed.settings, recipe))
+    if "help" in parsed.flags:
+        print(settings_help(recipe, describe(config)))
+        return 0
+    if "print-config" in parsed.flags:
+        print(to_toml(config, base), end="")
+        return 0
+    env = read_environment()
+    ranks = choose_ranks(parsed.options.get("ranks"), config.parallel.degrees, env)
+    if ranks > 1 and not env.is_worker:
+        check(config, ranks)
+        return launch([sys.executable, "-m", "paraxis", "train", *arguments], ranks)
+    run_worker(config, base=base, run_dir=Path(parsed.options.get("run-dir", f"runs/{config.name}")), resume=resume)
+    return 0
+
+
+def _known(settings: dict[str, object], recipe: str) -> dict[str, object]:
+    """`settings`, after refusing any that is neither in a run nor an option of this command, with the nearest of both."""
+    from paraxis.recipes.find import find
+    from paraxis.train.config import RunConfig
+
+    sections = [field.name for field in fields(RunConfig)]
+    for name in settings:
+        if name.partition(".")[0] not in sections:
+            known = [*OPTIONS, *FLAGS, *flatten(find(recipe)[0])]
+            raise ConfigError(f"--{name} is neither an option nor a setting{suggestion(name, known)} See paraxis train {recipe} --help")
+    return settings
+
+
+def choose_ranks(requested: str | None, degrees: Degrees, env: Environment) -> int:
+    """How many ranks the run has: those of the launcher we are under, else `--ranks`, else what the degrees need.
+
+    With `fsdp=-1` that is every GPU of this machine, or the fewest CPU processes that the other degrees allow. Raises
+    ConfigError where `--ranks` contradicts the launcher, or exceeds this machine's GPUs.
+    """
+    from paraxis.parallel.world import visible_devices
+
+    ranks = whole_number("ranks", requested, 1) if requested else None
+    if env.is_worker:
+        if ranks not in (None, env.world_size):
+            raise ConfigError(f"--ranks={ranks} does not fit the {env.world_size} workers that {env.launcher} started; leave it out")
+        return env.world_size
+    devices = visible_devices()
+    if ranks is None:
+        fewest = replace(degrees, fsdp=abs(degrees.fsdp)).ranks
+        ranks = devices or fewest if degrees.fsdp == -1 else fewest
+    if devices and ranks > devices:
+        raise ConfigError(
+            f"{ranks} ranks need as many GPUs, but this machine shows {devices}; lower --ranks or the parallel degrees, "
+            "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPU processes"
+        )
+    return ranks
+
+
+def settings_help(recipe: str, settings: Iterable[Setting]) -> str:
+    """Every setting of a recipe with its type, doc and value, a paragraph for each section."""
+    width = min(shutil.get_terminal_size().columns, 140)
+    lines = [f"usage: paraxis train {recipe} [--field=value ...] [options]", "", f"The settings of {recipe}, and their values in it."]
+    for section, members in groupby(settings, key=lambda setting: setting.path.rpartition(".")[0]):
+        lines += ["", f"{section or 'run'}:"]
+        for setting in members:
+            value = redact(setting.path, setting.value)
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+            lines.append(f"  --{setting.path} {setting.words}")
+            lines += textwrap.wrap(f"{setting.doc} [{shown}]".strip(), width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join([*lines, "", "paraxis train --help lists the options."])

@@ -1,0 +1,132 @@
+"""Packing documents into rows of one length, and the order of a pass: all a pure function of a row's index.
+
+The documents of a pass are laid end to end and cut every seq_len tokens; row r holds tokens r * seq_len to
+(r + 1) * seq_len inclusive, so that each row's last target is the next row's first token and every token is predicted once.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from paraxis.base.errors import DataError
+from paraxis.base.seams import IGNORE
+from paraxis.data.shards import Prepared
+
+_DOCUMENTS, _ROWS = 0, 1  # what is put in order: distinct words in the key of the hash
+
+
+def shuffled(count: int, *key: int) -> np.ndarray:
+    """The numbers 0 to count-1 in an order that `key` determines: sorted by a hash, the same with every NumPy.
+
+    The hash is SplitMix64 (Steele, Lea & Flood 2014): number n gets the n-th output of the stream that `key` starts, and no
+    two outputs are equal. Takes 24 bytes a number while it works, and returns int64.
+    """
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = np.zeros(1, np.uint64)
+    for word in key:
+        state = _mix(state + golden + np.uint64(word % 2**64))
+    return np.argsort(_mix(state + golden * np.arange(1, count + 1, dtype=np.uint64)), kind="stable")
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class _Stream:
+    """Documents laid end to end in some order: any stretch of tokens, and which document each is of."""
+
+    def __init__(self, data: Prepared, order: np.ndarray | None) -> None:
+        self._data = data
+        self._order = order
+        self._ends = data.ends if order is None else np.cumsum(np.diff(data.ends, prepend=0)[order])
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens at `start` to `stop`, and the documents they belong to, numbered from 0: two int64 arrays."""
+        tokens, documents = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64)
+        place = int(np.searchsorted(self._ends, start, side="right"))
+        number, at = 0, start
+        while at < stop:
+            begin = int(self._ends[place - 1]) if place else 0
+            until = min(stop, int(self._ends[place]))
+            document = place if self._order is None else int(self._order[place])
+            here = slice(at - start, until - start)
+            tokens[here] = self._data.read(document, at - begin, until - begin)
+            documents[here] = number
+            place, number, at = place + 1, number + 1, until
+        return tokens, documents
+
+
+def _row(tokens: np.ndarray, documents: np.ndarray, document_mask: bool) -> dict[str, np.ndarray]:
+    """A row by Batch field name, of one token more than it is long and the document of each."""
+    count = len(tokens) - 1
+    places = np.arange(count, dtype=np.int64)
+    row = {"tokens_bt": tokens[:-1], "targets_bt": tokens[1:], "positions_bt": places}
+    if document_mask:
+        crosses = documents[1:] != documents[:-1]
+        row["targets_bt"] = np.where(crosses, IGNORE, tokens[1:])
+        starts = np.concatenate(([0], np.where(crosses, places + 1, 0)[:-1]))
+        row["positions_bt"] = places - np.maximum.accumulate(starts)
+        row["documents_bt"] = documents[:-1]
+    return row
+
+
+class TrainingRows:
+    """Training rows, pass after pass: row `i` is of pass `i // length`. What does not fill a row at a pass's end is left out.
+
+    Where `shuffle`, each pass puts the documents in an order of its own before cutting them into rows, and then the rows,
+    so that neither long documents nor the order of the files make neighbouring rows alike. A document that a row starts in
+    the middle of counts its positions from there.
+    """
+
+    def __init__(self, data: Prepared, *, seq_len: int, document_mask: bool, shuffle: bool, seed: int) -> None:
+        if data.tokens <= seq_len:
+            raise DataError(
+                f"data.paths hold {data.tokens} tokens, too few for one row of data.seq_len={seq_len} and its last target; "
+                f"give more text or set data.seq_len to {data.tokens - 1} or less"
+            )
+        self.fingerprint = data.fingerprint
+        self.vocab_size = data.tokenizer.vocab_size
+        self.eos_id = data.tokenizer.eos_id
+        self.length = (data.tokens - 1) // seq_len
+        self._data, self._seq_len, self._document_mask = data, seq_len, document_mask
+        self._shuffle, self._seed = shuffle, seed
+        # A pass's order takes 16 bytes a document and 8 a row: keep only the one being read.
+        self._pass = lru_cache(maxsize=1)(self._make_pass)
+
+    def _make_pass(self, number: int) -> tuple[_Stream, np.ndarray | None]:
+        if not self._shuffle:
+            return _Stream(self._data, None), None
+        documents = shuffled(self._data.documents, self._seed, number, _DOCUMENTS)
+        return _Stream(self._data, documents), shuffled(self.length, self._seed, number, _ROWS)
+
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        """Row `index`, counted over all passes: int64 arrays of length seq_len by Batch field name."""
+        number, place = divmod(index, self.length)
+        stream, order = self._pass(number)
+        start = (place if order is None else int(order[place])) * self._seq_len
+        return _row(*stream.read(start, start + self._seq_len + 1), self._document_mask)
+
+
+class HeldOutRows:
+    """All of the data once, in its own order; the last row is filled up with targets that are ignored."""
+
+    def __init__(self, data: Prepared, *, seq_len: int, document_mask: bool) -> None:
+        if data.tokens < 2:
+            raise DataError(f"the held-out data have {data.tokens} tokens, and there is nothing to predict in fewer than 2; give more text")
+        self.fingerprint = data.fingerprint
+        self.vocab_size = data.tokenizer.vocab_size
+        self.eos_id = data.tokenizer.eos_id
+        self.length = -(-(data.tokens - 1) // seq_len)
+        self._stream, self._tokens = _Stream(data, None), data.tokens
+        self._seq_len, self._document_mask = seq_len, document_mask
+
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        """Row `index` of `length`: int64 arrays of length seq_len by Batch field name."""
+        start = index * self._seq_len
+        tokens, documents = self._stream.read(start, min(start + self._seq_len + 1, self._tokens))
+        targets, missing = len(tokens) - 1, self._seq_len + 1 - len(tokens)
+        row = _row(np.pad(tokens, (0, missing)), np.pad(documents, (0, missing), constant_values=documents[-1] + 1), self._document_mask)
+        row["targets_bt"] = np.where(np.arange(self._seq_len) < targets, row["targets_bt"], IGNORE)
+        return row

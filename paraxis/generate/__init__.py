@@ -1,0 +1,1 @@
+"""Sampling text from a model, and scoring held-out text with it."""

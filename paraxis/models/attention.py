@@ -1,0 +1,32 @@
+"""The attention layer of a decoder block: projections, rotary positions, and an exchangeable `attend`."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from paraxis.base.seams import Attend
+from paraxis.ops.attention import Sdpa
+from paraxis.ops.rope import rotate
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): each key/value head serves heads / kv_heads query heads.
+
+    How many heads there are is read off the weights, so a rank that holds some of them runs the same code.
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.attend: Attend = Sdpa()
+        self.q_proj = nn.Linear(width, heads * head_width, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_width, bias=False)
+        self.o_proj = nn.Linear(heads * head_width, width, bias=False)
+
+    def forward(self, x_btm: Tensor, cos_btf: Tensor, sin_btf: Tensor, mask: Any) -> Tensor:
+        q_bthd = self.q_proj(x_btm).unflatten(-1, (-1, self.head_width))
+        k_btgd = self.k_proj(x_btm).unflatten(-1, (-1, self.head_width))
+        v_btgd = self.v_proj(x_btm).unflatten(-1, (-1, self.head_width))
+        q_bthd, k_btgd = rotate(q_bthd, cos_btf, sin_btf), rotate(k_btgd, cos_btf, sin_btf)
+        return self.o_proj(self.attend(q_bthd, k_btgd, v_btgd, mask).flatten(-2))

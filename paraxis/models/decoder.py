@@ -1,0 +1,118 @@
+"""A decoder-only transformer, written for one device. b rows, t positions, m model width, v vocabulary.
+
+Outside `attention` and `mlp` everything acts on each position alone, and nothing assumes how many positions x has: under
+sequence parallelism a rank holds some of them there. The rope tables and the mask are the whole sequence's.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paraxis.base.keys import KeyTable
+from paraxis.base.layout import Gather, LayoutTable, Split
+from paraxis.base.seams import Attend, Batch, HeadLoss
+from paraxis.models.attention import Attention
+from paraxis.models.init import InitTable
+from paraxis.models.mlp import MLP
+from paraxis.ops.attention import Sdpa
+from paraxis.ops.loss import chunked_head_loss
+from paraxis.ops.norm import RMSNorm
+from paraxis.ops.rope import RopeConfig, rope_tables
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward, each on normalised input and added to the residual stream."""
+
+    def __init__(self, width: int, attention: Attention, mlp: MLP, norm_eps: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(width, norm_eps)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(width, norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x_btm: Tensor, cos_btf: Tensor, sin_btf: Tensor, mask: Any) -> Tensor:
+        x_btm = x_btm + self.attention(self.attention_norm(x_btm), cos_btf, sin_btf, mask)
+        return x_btm + self.mlp(self.mlp_norm(x_btm))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm, head. `forward` gives a batch's summed loss, `logits` what it is made of."""
+
+    layout: ClassVar[LayoutTable] = {
+        "embed.weight": Split("tp", 0),
+        "layers.*.attention": Gather(),
+        "layers.*.attention.[qkv]_proj.weight": Split("tp", 0),
+        "layers.*.attention.o_proj.weight": Split("tp", 1),
+        "layers.*.mlp": Gather(),
+        "layers.*.mlp.gate_proj.weight": Split("tp", 0),
+        "layers.*.mlp.up_proj.weight": Split("tp", 0),
+        "layers.*.mlp.down_proj.weight": Split("tp", 1),
+        "head.weight": Split("tp", 0),
+    }
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        width: int,
+        blocks: Sequence[Block],
+        norm_eps: float,
+        rope: RopeConfig,
+        tied: bool,
+        init: InitTable,
+        keys: KeyTable,
+    ) -> None:
+        super().__init__()
+        self.rope, self.init, self.keys = rope, init, keys
+        self.attend: Attend = Sdpa()
+        self.head_loss: HeadLoss = chunked_head_loss
+        self.embed = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleDict({str(number): block for number, block in enumerate(blocks)})
+        self.norm = RMSNorm(width, norm_eps)
+        self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss summed over the batch's targets, a scalar of at least fp32."""
+        x_btm = self.hidden(batch.tokens_bt, batch.positions_bt, batch.documents_bt)
+        return self.head_loss(x_btm, self.head_weight, batch.targets_bt)
+
+    def logits(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
+        """What the model predicts to follow each token: [b, t, v]. Positions count from 0 unless given."""
+        if positions_bt is None:
+            positions_bt = torch.arange(tokens_bt.shape[1], device=tokens_bt.device).expand_as(tokens_bt)
+        return F.linear(self.hidden(tokens_bt, positions_bt, documents_bt), self.head_weight)
+
+    def hidden(self, tokens_bt: Tensor, positions_bt: Tensor, documents_bt: Tensor | None) -> Tensor:
+        """The last normalised hidden states, [b, t, m]."""
+        x_btm = self.embed(tokens_bt)
+        cos_btf, sin_btf = rope_tables(positions_bt, self.rope, self.head_width, dtype=x_btm.dtype)
+        mask = self.attend.mask(documents_bt)
+        for block in self.blocks():
+            x_btm = block(x_btm, cos_btf, sin_btf, mask)
+        return self.norm(x_btm)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection [v, m]: the head's, or the embedding where they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    @property
+    def head_width(self) -> int:
+        return self.blocks()[0].attention.head_width
+
+    def blocks(self) -> list[Block]:
+        """The repeated units that are compiled, recomputed and gathered one at a time."""
+        return list(self.layers.values())  # type: ignore[arg-type]
+
+    def use_attention(self, attend: Attend) -> None:
+        """Computes attention with `attend` from now on, in every layer."""
+        self.attend = attend
+        for block in self.blocks():
+            block.attention.attend = attend
+
+    def use_head_loss(self, head_loss: HeadLoss) -> None:
+        """Computes projection and loss with `head_loss` from now on."""
+        self.head_loss = head_loss

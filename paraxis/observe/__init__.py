@@ -1,0 +1,1 @@
+"""Seeing a run: its folder, metrics, events, progress, throughput, memory and traces."""

@@ -1,0 +1,1 @@
+"""Tensor maths: a readable reference beside every fast path, and one front that chooses between them."""

@@ -1,0 +1,1 @@
+"""Acting on gradients: learning-rate curves, parameter groups and the optimizers."""

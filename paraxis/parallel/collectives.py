@@ -1,0 +1,82 @@
+"""Differentiable collectives along the sequence, traceable by torch.compile.
+
+The one front for `torch.distributed._functional_collectives`, which torch keeps private. Activations are [b, t, ...];
+with n ranks each holds t / n consecutive positions of every row.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+
+Group = dist.ProcessGroup
+
+# torch 2.13 renamed these; 2.11 and 2.12 know the old names only.
+_all_gather_tensor = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_reduce_scatter_tensor = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    return functional.wait_tensor(_all_gather_tensor(x.contiguous(), 1, group))
+
+
+def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    return functional.wait_tensor(_reduce_scatter_tensor(x.contiguous(), "sum", 1, group))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _reduce_scatter(grad, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _all_gather(grad, ctx.group), None
+
+
+def gather_sequence(x: Tensor, group: Group) -> Tensor:
+    """[b, t/n, ...] to [b, t, ...]: every rank's positions in order. Backward sums the ranks' gradients and keeps this rank's part."""
+    return _Gather.apply(x, group)
+
+
+def sum_and_scatter_sequence(x: Tensor, group: Group) -> Tensor:
+    """[b, t, ...] to [b, t/n, ...]: the ranks' tensors summed, this rank's positions kept. Backward gathers."""
+    return _Scatter.apply(x, group)
+
+
+def own_positions(x: Tensor, rank: int, ranks: int) -> Tensor:
+    """This rank's part [b, t/n, ...] of a tensor [b, t, ...] that every rank holds. Backward leaves the other positions zero."""
+    part = x.shape[1] // ranks
+    return x.narrow(1, rank * part, part)
+
+
+def sum_over(x: Tensor, group: Group | None = None) -> Tensor:
+    """`x` summed over the group in place (the whole world by default), outside autograd."""
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def max_over(x: Tensor, group: Group) -> Tensor:
+    """The largest of the group's values, in place, outside autograd."""
+    dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+    return x
+
+
+def gather_rows(x: Tensor, ranks: int) -> Tensor:
+    """Every rank's 1-D `x` as the rows of a [ranks, n] matrix, the same on all ranks."""
+    rows = x.new_empty(ranks * x.numel())
+    _all_gather_into(rows, x)
+    return rows.view(ranks, -1)

@@ -1,0 +1,43 @@
+"""Sharded and replicated data parallelism, and mixed precision: every parameter passes through FSDP2, on meshes of one too.
+
+Gradients are summed, not averaged: the loss is already divided by the step's global count of targets.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from paraxis.base.dtypes import Precision
+
+
+def shard_parameters(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: Precision, reshard: bool) -> None:
+    """Shards `blocks`, then what is left of `model`, over the (dp, fsdp) mesh; compute, reduction and master dtypes as `precision` says.
+
+    `reshard` frees a block's gathered parameters between its forward and its backward.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # The root's parameters are needed again as soon as backward starts, so they stay.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for unit in fsdp_units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum; a plain sum is what we mean
+
+
+def fsdp_units(model: nn.Module) -> list[FSDPModule]:
+    """The modules that FSDP gathers one at a time, the root first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reduce_now(model: nn.Module, last: bool, each_micro_batch: bool) -> None:
+    """Says, before a micro-batch's backward, whether its gradients travel: on the `last` always, before it only if each one shall.
+
+    Replicas (dp) are summed once, after the last, in either case.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last or each_micro_batch)
+    model.set_requires_all_reduce(last)
+    model.set_is_last_backward(last)

@@ -1,0 +1,67 @@
+"""Gradients across ranks: copies summed, one global norm, and clipping, on this rank's stored parts alone.
+
+Every rank holds disjoint parts of most parameters and copies of a few; a copy counts once in the norm.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from paraxis.base.dtypes import at_least_fp32
+from paraxis.base.layout import Placed
+from paraxis.parallel.collectives import sum_over
+from paraxis.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parameter on this rank: where it lives, FSDP's parameter, and `local`, a plain view of the stored part."""
+
+    placed: Placed
+    parameter: nn.Parameter  # a DTensor over (dp, fsdp), whose gradient FSDP fills
+    local: nn.Parameter
+
+    def take_gradient(self) -> None:
+        """Hands FSDP's gradient of this part to `local`, where the optimizer looks for it; zero where nothing came."""
+        grad = self.parameter.grad
+        self.local.grad = torch.zeros_like(self.local) if grad is None else grad.to_local()
+
+    def drop_gradient(self) -> None:
+        self.parameter.grad = None
+        self.local.grad = None
+
+
+def local_gradients(shards: Iterable[Shard]) -> list[Tensor]:
+    """The gradients of the stored parts, empty parts left out."""
+    return [shard.local.grad for shard in shards if shard.local.grad is not None and shard.local.numel()]
+
+
+def sum_copies(shards: Iterable[Shard], mesh: Mesh) -> None:
+    """Sums over `tp` the gradients of parameters that its ranks hold whole: each saw only its own positions or heads.
+
+    One collective a step, in the dtype of the stored gradient (fp32 under bf16 compute).
+    """
+    if mesh.degrees.tp == 1:
+        return
+    copied = local_gradients(shard for shard in shards if shard.placed.split is None)
+    if not copied:
+        return
+    flat = sum_over(torch.cat([grad.flatten() for grad in copied]), mesh.tp)
+    torch._foreach_copy_(copied, [part.view_as(grad) for part, grad in zip(flat.split([g.numel() for g in copied]), copied, strict=True)])
+
+
+def square_sum(shards: Iterable[Shard]) -> Tensor:
+    """This rank's share of the squared gradient norm, fp64: parts that several ranks store are counted by the first of them."""
+    owned = local_gradients(shard for shard in shards if shard.placed.replica == 0)
+    if not owned:
+        return torch.zeros((), dtype=torch.float64, device=next(iter(shards)).local.device)
+    return torch.stack(torch._foreach_norm([at_least_fp32(grad) for grad in owned])).double().square().sum()
+
+
+def clip(shards: Iterable[Shard], norm: Tensor, max_norm: float) -> None:
+    """Scales every gradient by max_norm / norm where the global `norm` (a scalar tensor) is larger. No host synchronisation."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    grads = local_gradients(shards)
+    torch._foreach_mul_(grads, factor.to(grads[0].dtype))

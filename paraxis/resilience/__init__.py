@@ -1,0 +1,1 @@
+"""Surviving what machines do: starting local workers, and ending all of them when one dies."""

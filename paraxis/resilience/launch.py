@@ -1,0 +1,152 @@
+"""Local workers: start one for each rank, end all of them when one dies, leave none behind.
+
+    worker exits 0                 wait for the others
+    worker exits 75 (preempted)    wait for the others, which save and stop too
+    worker fails                   SIGTERM to the others, SIGKILL to what is left after a grace; its exit code is ours
+    we get SIGINT or SIGTERM       passed on, so that workers save and stop; the second one kills
+    we are killed                  the kernel kills the workers (Linux)
+
+Ranks meet through a file in a private folder: no port is opened for it, and nobody else can join.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from paraxis.base.env import worker_variables
+from paraxis.base.errors import Preempted
+
+GRACE_S = 5.0  # what workers have to leave in once a peer has failed: without it they cannot finish a save
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1
+
+_Worker = subprocess.Popen[bytes]
+
+
+def launch(command: Sequence[str], ranks: int, *, grace_s: float = GRACE_S) -> int:
+    """Runs `command` as `ranks` workers and returns an exit code: 0, 75 if they were preempted, else that of the worker that failed.
+
+    A death by signal n counts as 128 + n. Rank 0 writes to our stdout, every rank to our stderr. A failing worker reports
+    its own error if it is the first to `claim`; for one that cannot, a line on stderr says which rank ended, and how.
+    """
+    with tempfile.TemporaryDirectory(prefix="paraxis-", ignore_cleanup_errors=True) as private, _received_signals() as received:
+        store_path = Path(private) / "store"
+        workers: list[_Worker] = []
+        try:
+            for rank in range(ranks):
+                workers.append(_start(command, rank, ranks, store_path))
+            first_failed = _wait(workers, received)
+            if not first_failed:
+                return max(worker.returncode for worker in workers)  # 0, or 75 if any was preempted
+            _signal(workers, signal.SIGTERM)
+            _wait_until(time.monotonic() + grace_s, workers)
+            # Peers can notice a killed rank before its exit is visible to us. Nobody has sent SIGKILL from here yet.
+            cause = min(_failed(workers), key=lambda rank: (workers[rank].returncode != -signal.SIGKILL, rank not in first_failed))
+            code = workers[cause].returncode
+            if received and code in (-received[0], 128 + received[0], -signal.SIGKILL if received[1:] else None):
+                return _stopped(received[0])
+            return _report(cause, code, ranks, unexplained=claim(store_path))
+        finally:
+            _signal(workers, signal.SIGKILL)
+            for worker in workers:
+                worker.wait()
+
+
+def claim(store_path: Path) -> bool:
+    """True for exactly one caller among all processes of a launch: the one that may report an error."""
+    try:
+        os.close(os.open(store_path.with_name("claimed"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError:  # taken; or the launcher has gone, and nobody listens
+        return False
+    return True
+
+
+def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> _Worker:
+    return subprocess.Popen(
+        list(command),
+        env=worker_variables(rank, ranks, store_path),
+        stdin=subprocess.DEVNULL,
+        stdout=None if rank == 0 else subprocess.DEVNULL,
+        # In a group of its own, a worker does not get the terminal's Ctrl-C beside the one we pass on,
+        # and can be killed together with what it started.
+        process_group=0,
+        preexec_fn=_die_with(os.getpid()),
+    )
+
+
+def _die_with(launcher: int) -> Callable[[], None] | None:
+    """What a worker does first on Linux: ask the kernel for SIGKILL once the process `launcher` is gone."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)  # before the fork, after which little is safe
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it was gone before we asked
+            os._exit(1)
+
+    return ask
+
+
+@contextmanager
+def _received_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of obeying them."""
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(workers: list[_Worker], received: list[int]) -> list[int]:
+    """Waits until a worker has failed, passing signals on, and returns which; or until all have ended, and returns none."""
+    passed_on = 0
+    while not (failed := _failed(workers)) and any(worker.returncode is None for worker in workers):
+        for number in received[passed_on:]:
+            _signal(workers, number if passed_on == 0 else signal.SIGKILL)
+            passed_on += 1
+        time.sleep(_POLL_S)
+    return failed
+
+
+def _wait_until(deadline_s: float, workers: list[_Worker]) -> None:
+    while time.monotonic() < deadline_s and any(worker.poll() is None for worker in workers):
+        time.sleep(_POLL_S)
+
+
+def _failed(workers: list[_Worker]) -> list[int]:
+    """The ranks that have ended neither well nor preempted."""
+    return [rank for rank, worker in enumerate(workers) if worker.poll() not in (None, 0, Preempted.exit_code)]
+
+
+def _signal(workers: list[_Worker], number: int) -> None:
+    """Sends a signal to the workers that are still there; SIGKILL also to whatever they started."""
+    for worker in workers:
+        if worker.poll() is None:  # not reaped, so its process number is still its own
+            (os.killpg if number == signal.SIGKILL else os.kill)(worker.pid, number)
+
+
+def _stopped(number: int) -> int:
+    print(f"paraxis: stopped by {signal.Signals(number).name} before the workers had saved", file=sys.stderr)
+    return 128 + number
+
+
+def _report(rank: int, code: int, ranks: int, unexplained: bool) -> int:
+    """The exit code for the failure of `rank`, after a line about it unless a worker has explained itself."""
+    others = "; the other ranks were stopped" if ranks > 1 else ""
+    if code < 0:
+        hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
+        print(f"paraxis: error: rank {rank} was killed by {signal.Signals(-code).name}{hint}{others}", file=sys.stderr)
+        return 128 - code
+    if unexplained:
+        print(f"paraxis: error: rank {rank} ended with exit code {code}{others}", file=sys.stderr)
+    return code

@@ -1,0 +1,1 @@
+"""Assembling a run from its configuration, and its loop."""

@@ -1,0 +1,83 @@
+"""The configuration of a whole run: what a recipe returns, what the command line overrides, what is saved with the run."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from paraxis.base.axes import Degrees
+from paraxis.base.dtypes import precision
+from paraxis.base.errors import ConfigError
+from paraxis.base.strategy import CompileMode, ParallelConfig, RematConfig
+from paraxis.checkpoint.config import CheckpointConfig
+from paraxis.data.config import DataConfig
+from paraxis.observe.config import MetricsConfig, ProfileConfig
+from paraxis.optim.config import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train, on how much at a time."""
+
+    steps: Annotated[int, "optimizer steps in all"] = 100
+    seed: Annotated[int, "seed of the initial values and of the data order"] = 0
+    global_tokens: Annotated[int, "tokens of one optimizer step over all ranks; 0 means one micro-batch on every data rank"] = 0
+    micro_batch: Annotated[int, "rows a data rank puts through the model at a time"] = 1
+    deterministic: Annotated[bool, "use deterministic kernels only, and refuse operators that have none"] = False
+    bad_steps: Annotated[int, "stop after this many steps in a row whose loss or gradient was not finite (each is skipped)"] = 5
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("micro_batch", 1), ("global_tokens", 0), ("bad_steps", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out loss during training."""
+
+    every: Annotated[int, "score the held-out data every so many steps, and at the end; 0 means never"] = 0
+    paths: Annotated[tuple[str, ...], "held-out text, JSONL or Parquet files, globs or URLs; each token is predicted once"] = ()
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"eval.every={self.every} must be 0 (never) or more")
+        if self.every and not self.paths:
+            raise ConfigError(f"eval.every={self.every} needs held-out data; set eval.paths, or eval.every=0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. `model` is any frozen dataclass with the members of `base.seams.ModelConfig`; `data` a DataConfig or a recipe's own."""
+
+    name: Annotated[str, "the run's name; its folder is runs/NAME unless --run-dir says otherwise"] = "run"
+    model: Any
+    data: Any = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    remat: RematConfig = field(default_factory=RematConfig)
+    compile: Annotated[CompileMode, "compile each block: inductor, aot_eager (slow, for tests), none; auto compiles on GPUs"] = "auto"
+    precision: Annotated[str, "fp64, fp32, or bf16 (computes in bf16; keeps weights, gradients and optimizer state in fp32)"] = "bf16"
+    attention: Annotated[str, "attention kernel: auto, or one by name (reference, sdpa, cudnn, flash, flex)"] = "auto"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        precision(self.precision)
+
+    def rows_per_step(self, degrees: Degrees) -> int:
+        """Rows of one optimizer step over all data ranks. Raises ConfigError where `train.global_tokens` does not divide."""
+        rows = degrees.data_ranks * self.train.micro_batch
+        if not self.train.global_tokens:
+            return rows
+        tokens = rows * self.data.seq_len
+        if self.train.global_tokens % tokens:
+            below = self.train.global_tokens // tokens * tokens
+            near = f"{below} or {below + tokens}" if below else f"{tokens}"
+            raise ConfigError(
+                f"train.global_tokens={self.train.global_tokens} is not a multiple of {tokens} "
+                f"({degrees.data_ranks} data ranks x train.micro_batch={self.train.micro_batch} x data.seq_len={self.data.seq_len}); "
+                f"use {near}, or another micro-batch"
+            )
+        return self.train.global_tokens // self.data.seq_len

@@ -1,0 +1,90 @@
+"""The training loop: steps, and between them whatever is due. What a step computes stands in step.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from paraxis.base.errors import Preempted, StorageError
+from paraxis.observe.throughput import StepClock
+from paraxis.observe.trace import Profile
+from paraxis.optim.curves import learning_rate
+from paraxis.train.evaluate import evaluate
+from paraxis.train.record import Record, said
+from paraxis.train.run import Run
+from paraxis.train.settle import Settlement
+from paraxis.train.step import train_step
+
+
+class Save(Protocol):
+    """Saves the run as it stands, and returns the checkpoint's folder."""
+
+    def __call__(self) -> Path: ...
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal, read by the loop: why to stop, or empty."""
+
+    reason: str = ""
+
+
+def train(run: Run, record: Record, profile: Profile, save: Save, stop: StopRequest) -> None:
+    """Trains from `run.step` to `train.steps`, saving and evaluating where due and at the end.
+
+    Raises Preempted once a rank was asked to stop and the state is saved, TrainingError when too many steps in a row were not
+    finite, StorageError when the last checkpoint cannot be written.
+    """
+    total, device = run.config.train.steps, run.world.device.torch
+    settlement, clock, loader = Settlement(run, record), StepClock(), run.loader()
+    first_step = run.step + 1
+    try:
+        while run.step < total and not settlement.stop:
+            profile.before_step(run.step + 1)
+            with clock.waiting_for_data():
+                batches = [batch.to(device) for batch in next(loader)]
+            lr = learning_rate(run.config.optim, run.step, total)
+            report = train_step(
+                run.model, run.shards, batches, run.optimizer, run.mesh, lr=lr, max_norm=run.config.optim.clip_norm,
+                each_micro_batch=run.strategy.reduce_each_micro_batch, said=said(run.world, bool(stop.reason), clock.waited_s),
+            )
+            run.step, run.row = run.step + 1, loader.cursor
+            run.tokens += run.rows_per_step * run.config.data.seq_len
+            profile.after_step(run.step)
+            settlement.add(run.step, report, clock.lap(), lr)
+            if run.step == first_step:
+                settlement.settle()
+                run.world.expect_quick_steps()
+            if run.step == total or settlement.stop or due(run, run.config.checkpoint.every) or due(run, run.config.eval.every):
+                settlement.settle()
+                between_steps(run, record, save, last=run.step == total or settlement.stop)
+                clock.restart()
+    finally:
+        loader.close()
+    if run.step < total:
+        record.event("stop", stop.reason or "another rank was asked to stop", step=run.step)
+        raise Preempted(f"stopped on request after step {run.step} of {total}, with everything saved; the same command continues the run")
+    record.event("stop", "finished", step=run.step)
+
+
+def due(run: Run, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is due after the run's step."""
+    return every > 0 and run.step % every == 0
+
+
+def between_steps(run: Run, record: Record, save: Save, *, last: bool) -> None:
+    """Scores the held-out data and saves, where due. A save that fails is a warning, unless it is the last chance."""
+    finished = run.step == run.config.train.steps
+    if run.held_out is not None and (due(run, run.config.eval.every) or finished):
+        loss, targets = evaluate(run)
+        record.event("evaluation", "held-out loss", step=run.step, loss=loss, targets=targets)
+        record.evaluation(run.step, loss)
+    if not (last or due(run, run.config.checkpoint.every)):
+        return
+    try:
+        path = save()
+    except StorageError as error:
+        if last:
+            raise
+        record.event("warning", f"the checkpoint of step {run.step} could not be saved, training goes on: {error}", step=run.step)
+    else:
+        record.event("checkpoint", "saved", step=run.step, path=str(path))

@@ -1,0 +1,98 @@
+"""Everything a run must remember, as named pieces and a few numbers: saved by every rank, restored on every rank.
+
+    model/NAME            the master weights
+    optim/STATE/NAME      the optimizer's tensors (exp_avg, exp_avg_sq, momentum_buffer)
+    meta                  step, tokens, data position, optimizer counters, fingerprints, the model's record
+    config.toml           the resolved configuration; tokenizer/... the tokenizer's files
+
+Initial values, data order and learning rate are functions of seed and step, so no random state is needed; a model that
+drops out at random trains on one rank only, and that rank's generator is saved too.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paraxis.base.errors import CheckpointError
+from paraxis.base.layout import whole_box
+from paraxis.checkpoint.load import Checkpoint
+from paraxis.checkpoint.save import Piece, save
+from paraxis.models.registry import to_record
+from paraxis.train.run import Run
+
+
+def pieces(run: Run) -> Iterator[Piece]:
+    """This rank's tensors."""
+    placed = {shard.placed.name: shard.placed for shard in run.shards}
+    tensors = {f"model/{shard.placed.name}": (shard.placed.name, shard.local.detach()) for shard in run.shards}
+    for state, by_name in run.optimizer.state().items():
+        tensors |= {f"optim/{state}/{name}": (name, tensor) for name, tensor in by_name.items()}
+    for key, (name, tensor) in tensors.items():
+        where = placed[name]
+        yield Piece(key, where.shape, where.stored, tensor, where.replica, where.replicas)
+    for name, state in _random_states(run).items():
+        yield Piece(name, tuple(state.shape), whole_box(tuple(state.shape)), state)
+
+
+def _random_states(run: Run) -> dict[str, torch.Tensor]:
+    if run.world.size > 1:
+        return {}
+    states = {"random/cpu": torch.get_rng_state()}
+    return states | ({"random/cuda": torch.cuda.get_rng_state()} if run.world.device.is_cuda else {})
+
+
+def meta(run: Run) -> dict[str, Any]:
+    """What is saved beside the tensors; the same on every rank."""
+    return {
+        "step": run.step,
+        "tokens": run.tokens,
+        "row": run.row,
+        "seed": run.config.train.seed,
+        "optimizer": {"name": run.config.optim.name, "counters": run.optimizer.counters()},
+        "data": {"fingerprint": run.rows.fingerprint, "seq_len": run.config.data.seq_len},
+        "model": to_record(run.config.model),
+    }
+
+
+def save_run(run: Run, folder: Path, files: Mapping[str, bytes]) -> Path:
+    """Saves the run at its step under `folder`. Raises StorageError on every rank alike where any fails."""
+    return save(
+        folder,
+        run.step,
+        pieces(run),
+        meta(run),
+        files,
+        run.world,
+        layout=str(run.mesh.degrees).replace(" ", ""),
+        keep_last=run.config.checkpoint.keep_last,
+    )
+
+
+def restore_run(run: Run, checkpoint: Checkpoint) -> None:
+    """Continues `run` from what `checkpoint` holds. Raises CheckpointError where it belongs to another model, optimizer or data."""
+    held = checkpoint.meta
+    _refuse_other(checkpoint, "train.seed", held["seed"], run.config.train.seed)
+    _refuse_other(checkpoint, "optim.name", held["optimizer"]["name"], run.config.optim.name)
+    _refuse_other(checkpoint, "data.seq_len", held["data"]["seq_len"], run.config.data.seq_len)
+    _refuse_other(checkpoint, "the data's fingerprint", held["data"]["fingerprint"], run.rows.fingerprint)
+    own = [piece for piece in pieces(run) if not piece.name.startswith("random/")]
+    for piece in own:
+        stored = checkpoint.tensors.get(piece.name)
+        if stored is None or tuple(stored.shape) != piece.shape:
+            found = "no such tensor" if stored is None else f"shape {tuple(stored.shape)}"
+            raise CheckpointError(f"{checkpoint.path} has {found} for {piece.name}, which this model needs in shape {piece.shape}; "
+                                  f"resume with the recipe it was saved from, or start in another --run-dir")
+    for piece in own:
+        checkpoint.read(piece.name, piece.box, out=piece.tensor)
+    for name in _random_states(run).keys() & checkpoint.tensors.keys():
+        (torch.set_rng_state if name == "random/cpu" else torch.cuda.set_rng_state)(checkpoint.read(name))
+    run.optimizer.load_counters(held["optimizer"]["counters"])
+    run.step, run.tokens, run.row = held["step"], held["tokens"], held["row"]
+
+
+def _refuse_other(checkpoint: Checkpoint, what: str, saved: object, now: object) -> None:
+    if saved != now:
+        raise CheckpointError(f"{checkpoint.path} was saved with {what} = {saved}, but this run has {now}; "
+                              f"use the same, or start in another --run-dir")

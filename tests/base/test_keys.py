@@ -1,0 +1,35 @@
+"""Names are translated by a table, in both directions."""
+
+import pytest
+
+from paraxis.base.keys import to_ours, to_theirs
+
+TABLE = {
+    "embed.weight": "model.embed_tokens.weight",
+    "layers.{i}.q.weight": "model.layers.{i}.self_attn.q_proj.weight",
+    "layers.{i}.experts.{e}.up": "model.layers.{i}.mlp.{e}.up",
+    "same.{i}.{i}": "{i}.twice.{i}",
+}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("embed.weight", "model.embed_tokens.weight"),
+        ("layers.0.q.weight", "model.layers.0.self_attn.q_proj.weight"),
+        ("layers.127.q.weight", "model.layers.127.self_attn.q_proj.weight"),
+        ("layers.3.experts.12.up", "model.layers.3.mlp.12.up"),
+        ("same.4.4", "4.twice.4"),
+    ],
+)
+def test_a_name_goes_there_and_back(ours, theirs):
+    assert to_theirs(TABLE, ours) == theirs
+    assert to_ours(TABLE, theirs) == ours
+
+
+@pytest.mark.parametrize(
+    "name", ["", "embedXweight", "layers.x.q.weight", "layers.01.q.weight", "layers.-1.q.weight", "same.4.5", "embed.weight.more"]
+)
+def test_a_name_no_row_speaks_of_is_none(name):
+    assert to_theirs(TABLE, name) is None
+    assert to_ours(TABLE, name) is None

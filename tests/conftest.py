@@ -1,0 +1,51 @@
+"""Fixtures and options every test shares. Ranks are forked from this process, so it must stay free of threads and of CUDA."""
+
+import os
+
+# Before torch is imported: one thread a rank (the machine is shared), no pools of helpers that a forked rank would inherit,
+# and a way to ask for GPUs that does not initialise CUDA.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    TORCHINDUCTOR_COMPILE_THREADS="1",
+    PYTORCH_NVML_BASED_CUDA_CHECK="1",
+)
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.record import Recorder
+from tests.worlds import run_world, warm_up
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", type=Path, metavar="FOLDER", help="write counts, commit, duration and versions to a file in FOLDER")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--record"):
+        config.pluginmanager.register(Recorder(folder))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def world() -> Callable[..., list[Any]]:
+    """`world(2, fn, *args, timeout=60)`: the results of `fn(*args)` on two fresh gloo ranks. See `tests/worlds.py`."""
+    warm_up()
+
+    def start(ranks: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+        return run_world(fn, ranks, *args, timeout=timeout)
+
+    return start

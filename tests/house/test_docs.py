@@ -1,0 +1,154 @@
+"""The commands in the documentation exist, and the ones it says can be run do run.
+
+In README.md, CONTRIBUTING.md and docs/, a line that starts with `$ ` inside a ```console fence is a command. Wherever one calls
+paraxis, its recipe, fields and options must be accepted; a make target must be in the Makefile. In a fence marked ```console run
+every command is run too, in order, in one empty folder a document, on CPU.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from paraxis.cli import main
+
+CHECKOUT = Path(__file__).parents[2]
+DOCUMENTS = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
+KNOBS = {"PYTHON", "TORCH"}
+LONGEST_RUN_S = 240  # for all commands of one document
+
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*?$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a document: where it stands, its words, and whether the document says that it can be run."""
+
+    where: str
+    words: tuple[str, ...]
+    runnable: bool
+
+
+def commands_in(name: str, text: str) -> list[Command]:
+    """The commands of a document. A backslash at a line's end joins the next line; `#` starts a comment."""
+    found = []
+    for fence in FENCE.finditer(text):
+        kind, *marks = fence["info"].split() or [""]
+        if kind == "console":
+            first_line = text[: fence.start("body")].count("\n") + 1
+            joined = re.sub(r"\\\n\s*", " ", fence["body"])
+            where = f"{name}:{first_line}"
+            lines = [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
+            found += [Command(where, tuple(words), "run" in marks) for line in lines if (words := shlex.split(line, comments=True))]
+    return found
+
+
+def document_commands() -> list[Command]:
+    documents = [(path.relative_to(CHECKOUT).as_posix(), path.read_text()) for path in DOCUMENTS]
+    return [command for name, text in documents for command in commands_in(name, text)]
+
+
+def problem_with_make(words: tuple[str, ...], makefile: str) -> str | None:
+    """Why `make` would not know these words, or None."""
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    knobs = {word.partition("=")[0] for word in words if "=" in word}
+    unknown = knobs - KNOBS | {word for word in words if "=" not in word} - targets
+    return f"make does not know {', '.join(sorted(unknown))}" if unknown else None
+
+
+def problem_with_paraxis(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str | None:
+    """Why `paraxis` would refuse these words, or None: `train` prints the configuration, others are held to their own help."""
+
+    def paraxis(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(arguments)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    if "--help" in words or not words:
+        code, text = paraxis(*words)
+        return text if code else None
+    if words[0] == "train":
+        code, text = paraxis(*words, "--print-config")
+        return text if code else None
+    # The command, and where it has them its own: `convert import SRC DST`.
+    names = words[: next((at for at, word in enumerate(words) if not re.fullmatch("[a-z]+", word)), len(words))]
+    code, text = paraxis(*names, "--help")
+    if code:
+        return text
+    unknown = [option for word in words if (option := word.partition("=")[0]).startswith("--") and option not in text]
+    return f"{' '.join(names)} has no {', '.join(unknown)}" if unknown else None
+
+
+@pytest.mark.parametrize("command", document_commands(), ids=lambda command: f"{command.where} {' '.join(command.words)}")
+def test_every_command_in_the_documents_exists(command, monkeypatch, capsys):
+    monkeypatch.chdir(CHECKOUT)
+    problem = None
+    if command.words[0] == "make":
+        problem = problem_with_make(command.words[1:], (CHECKOUT / "Makefile").read_text())
+    elif "paraxis" in command.words:  # also behind torchrun, srun or a variable
+        problem = problem_with_paraxis(command.words[command.words.index("paraxis") + 1 :], capsys)
+    assert problem is None, f"{command.where}: {problem}"
+
+
+@pytest.mark.timeout(LONGEST_RUN_S)
+@pytest.mark.parametrize("document", sorted({c.where.partition(":")[0] for c in document_commands() if c.runnable}))
+def test_runnable_commands_run(document, tmp_path):
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PARAXIS_CACHE": str(tmp_path / "cache"),
+    }
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for command in document_commands():
+        if command.runnable and command.where.startswith(f"{document}:"):
+            assert command.words[0] == "paraxis", f"{command.where}: only paraxis is run from a document, not {command.words[0]}"
+            done = subprocess.run(command.words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{command.where}: {shlex.join(command.words)}\n{done.stdout}\n{done.stderr}"
+
+
+EXAMPLE = """
+Text with `$ paraxis nothing`.
+
+```python
+$ not a command
+```
+
+```console
+$ make test PYTHON=python3.12   # a comment
+what it prints
+$ torchrun --nproc-per-node=2 \\
+    -m paraxis train debug
+```
+
+```console run
+$ paraxis train debug
+```
+"""
+
+
+def test_commands_are_found_with_their_places_and_marks():
+    assert commands_in("a.md", EXAMPLE) == [
+        Command("a.md:9", ("make", "test", "PYTHON=python3.12"), False),
+        Command("a.md:9", ("torchrun", "--nproc-per-node=2", "-m", "paraxis", "train", "debug"), False),
+        Command("a.md:16", ("paraxis", "train", "debug"), True),
+    ]
+
+
+def test_an_unknown_make_target_or_knob_is_found():
+    makefile = "test: lint\n\techo\n"
+    assert problem_with_make(("test", "TORCH=torch"), makefile) is None
+    assert problem_with_make(("tset",), makefile) == "make does not know tset"
+    assert problem_with_make(("test", "JOBS=2"), makefile) == "make does not know JOBS"
+
+
+@pytest.mark.parametrize("line", ["trian debug", "train debgu", "train debug --train.stepz=3", "generate ckpt --prmpt=hello"])
+def test_a_command_that_does_not_exist_is_found(line, capsys):
+    assert problem_with_paraxis(tuple(line.split()), capsys)

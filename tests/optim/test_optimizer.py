@@ -1,0 +1,191 @@
+"""Our AdamW and SGD are torch's, can be skipped on the device, and continue from their state."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from paraxis.base.device import CPU, Device
+from paraxis.optim.build import Optimizer, build_optimizer
+from paraxis.optim.config import OptimConfig
+
+CONFIGS = {
+    "adamw": OptimConfig(weight_decay=0.1),
+    "sgd": OptimConfig(name="sgd", weight_decay=0.1),
+    "momentum": OptimConfig(name="sgd", momentum=0.9, weight_decay=0.1),
+}
+RATES = (1e-2, 5e-3, 2e-2, 1e-2)
+every_optimizer = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+@pytest.fixture
+def device() -> Device:
+    return CPU
+
+
+def some_parameters(device: Device, dtype=torch.float32) -> dict[str, nn.Parameter]:
+    random = torch.Generator().manual_seed(0)
+    shapes = {"q.weight": (7, 5), "norm.weight": (5,), "empty.weight": (0, 5), "up.weight": (33, 5)}
+    return {name: nn.Parameter(torch.randn(shape, generator=random, dtype=dtype).to(device.torch)) for name, shape in shapes.items()}
+
+
+def give_gradients(parameters: dict[str, nn.Parameter], step: int, value: float | None = None) -> None:
+    random = torch.Generator().manual_seed(100 + step)
+    for parameter in parameters.values():
+        grad = torch.randn(parameter.shape, generator=random, dtype=parameter.dtype).to(parameter.device)
+        parameter.grad = grad if value is None else torch.full_like(grad, value)
+
+
+def built(parameters: dict[str, nn.Parameter], config: OptimConfig, device: Device) -> Optimizer:
+    shapes = {name: (7, *parameter.shape[1:]) for name, parameter in parameters.items()}
+    return build_optimizer(parameters, shapes, config, device)
+
+
+def torchs(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    norm = [parameter for name, parameter in parameters.items() if "norm" in name]
+    rest = [parameter for name, parameter in parameters.items() if "norm" not in name]
+    groups = [{"params": rest, "weight_decay": 0.1}, {"params": norm, "weight_decay": 0.0}]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    return torch.optim.SGD(groups, momentum=config.momentum, foreach=False)
+
+
+def everything(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for state, named in optimizer.state().items():
+        tensors |= {f"{state}/{name}": tensor.clone() for name, tensor in named.items()}
+    return tensors | {name: torch.tensor(value) for name, value in optimizer.counters().items()}
+
+
+def assert_bitwise(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@every_optimizer
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["fp32", "fp64"])
+def test_steps_are_those_of_torchs_plain_optimizer(device, config, dtype, tolerance):
+    ours, theirs = some_parameters(device, dtype), some_parameters(device, dtype)
+    optimizer, judge = built(ours, config, device), torchs(theirs, config)
+    for step, rate in enumerate(RATES):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        optimizer.step(rate)
+        for group in judge.param_groups:
+            group["lr"] = rate
+        judge.step()
+    for name, parameter in ours.items():
+        assert parameter.dtype == dtype
+        torch.testing.assert_close(parameter, theirs[name], rtol=tolerance, atol=tolerance)
+        for state, named in optimizer.state().items():
+            if parameter.numel():
+                torch.testing.assert_close(named[name], judge.state[theirs[name]][state], rtol=tolerance, atol=tolerance)
+
+
+@every_optimizer
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_skipped_step_leaves_everything_bitwise_as_it_was(device, config, value):
+    parameters = some_parameters(device)
+    optimizer = built(parameters, config, device)
+    for step in range(2):
+        give_gradients(parameters, step)
+        optimizer.step(1e-2, found_inf=torch.zeros((), device=device.torch))
+    before = everything(parameters, optimizer)
+    give_gradients(parameters, 2, value)
+    optimizer.step(1e-2, found_inf=torch.ones((), device=device.torch))
+    assert_bitwise(everything(parameters, optimizer), before)
+    assert optimizer.counters() == {"updates": 2.0}
+
+
+@every_optimizer
+def test_training_after_a_skipped_step_is_bitwise_training_without_it(device, config):
+    results = []
+    for skip in (False, True):
+        parameters = some_parameters(device)
+        optimizer = built(parameters, config, device)
+        for step in range(4):
+            if skip and step == 2:
+                give_gradients(parameters, step, float("nan"))
+                optimizer.step(1e-2, found_inf=torch.ones((), device=device.torch))
+            give_gradients(parameters, step)
+            optimizer.step(1e-2, found_inf=torch.zeros((), device=device.torch) if skip else None)
+        results.append(everything(parameters, optimizer))
+    assert_bitwise(*results)
+
+
+@every_optimizer
+def test_an_optimizer_with_loaded_state_continues_bitwise(device, config):
+    parameters = some_parameters(device)
+    optimizer = built(parameters, config, device)
+    for step in range(2):
+        give_gradients(parameters, step)
+        optimizer.step(1e-2)
+    saved = everything(parameters, optimizer)
+    resumed_parameters = {name: nn.Parameter(saved[name].clone()) for name in parameters}
+    resumed = built(resumed_parameters, config, device)
+    for state, named in resumed.state().items():
+        for name, tensor in named.items():
+            tensor.copy_(saved[f"{state}/{name}"])
+    resumed.load_counters(optimizer.counters())
+    for step in range(2, 4):
+        for each, their in ((parameters, optimizer), (resumed_parameters, resumed)):
+            give_gradients(each, step)
+            their.step(1e-2)
+    assert_bitwise(everything(resumed_parameters, resumed), everything(parameters, optimizer))
+
+
+def test_state_is_complete_before_the_first_step_and_lists_empty_parameters(device):
+    parameters = some_parameters(device)
+    state = built(parameters, CONFIGS["adamw"], device).state()
+    assert {name: set(tensors) for name, tensors in state.items()} == {"exp_avg": set(parameters), "exp_avg_sq": set(parameters)}
+    assert state["exp_avg"]["empty.weight"].shape == (0, 5)
+    assert built(parameters, CONFIGS["sgd"], device).state() == {}
+
+
+def test_a_rank_that_stores_nothing_counts_updates_like_the_others(device):
+    parameters = {"norm.weight": nn.Parameter(torch.empty(0, device=device.torch))}
+    optimizer = built(parameters, CONFIGS["adamw"], device)
+    give_gradients(parameters, 0)
+    optimizer.step(1e-2)
+    optimizer.step(1e-2, found_inf=torch.ones((), device=device.torch))
+    assert optimizer.counters() == {"updates": 1.0}
+
+
+def test_parameters_of_two_dtypes_are_stepped_side_by_side(device):
+    parameters = {
+        "low.weight": nn.Parameter(torch.ones(4, 4, device=device.torch)),
+        "high.weight": nn.Parameter(torch.ones(4, 4, dtype=torch.float64, device=device.torch)),
+    }
+    optimizer = built(parameters, CONFIGS["adamw"], device)
+    give_gradients(parameters, 0, 1.0)
+    optimizer.step(1e-2)
+    torch.testing.assert_close(parameters["low.weight"].double(), parameters["high.weight"], rtol=1e-6, atol=1e-6)
+    assert (parameters["high.weight"] < 1).all()
+
+
+def hold_on_cuda() -> None:
+    """The claims above, and that no step waits for the device."""
+    device = Device("cuda", 0, "", 0)
+    for config in CONFIGS.values():
+        test_steps_are_those_of_torchs_plain_optimizer(device, config, torch.float32, 1e-6)
+        test_steps_are_those_of_torchs_plain_optimizer(device, config, torch.float64, 1e-14)
+        test_a_skipped_step_leaves_everything_bitwise_as_it_was(device, config, float("nan"))
+        test_training_after_a_skipped_step_is_bitwise_training_without_it(device, config)
+        test_an_optimizer_with_loaded_state_continues_bitwise(device, config)
+        parameters = some_parameters(device)
+        optimizer = built(parameters, config, device)
+        give_gradients(parameters, 0)
+        found_inf = torch.ones((), device=device.torch)
+        torch.cuda.set_sync_debug_mode("error")
+        optimizer.step(1e-2, found_inf)
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_all_of_this_holds_on_cuda():
+    code = "from tests.optim.test_optimizer import hold_on_cuda; hold_on_cuda()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=300)
