@@ -4,7 +4,6 @@ One process and any layout are measured by the same few lines, so that they can 
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,14 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paraxis.base.device import CPU
-from paraxis.base.layout import Box, whole_box
-from paraxis.base.seams import IGNORE
-from paraxis.base.strategy import ParallelConfig, parse_layout
+from paraxis.base.layout import Box, Placed, whole_box
+from paraxis.base.seams import IGNORE, Batch
+from paraxis.base.strategy import parse_layout
 from paraxis.parallel.grads import sum_copies
 from paraxis.parallel.world import World
 from paraxis.train.config import RunConfig
 from paraxis.train.run import Run, assemble
 from paraxis.train.step import count_targets, forward_backward, train_step
+from tests.worlds import run_world
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,10 @@ def measure_rank(config: RunConfig, rows: Any, steps: int) -> tuple[list[float],
             shard.drop_gradient()
         losses, norms = [], []
         for _ in range(steps):
-            report = train_step(run.model, run.shards, batches, run.optimizer, run.mesh, lr=config.optim.lr, max_norm=config.optim.clip_norm,
-                                each_micro_batch=run.strategy.reduce_each_micro_batch)
+            report = train_step(
+                run.model, run.shards, batches, run.optimizer, run.mesh, lr=config.optim.lr, max_norm=config.optim.clip_norm,
+                each_micro_batch=run.strategy.reduce_each_micro_batch,
+            )
             losses.append(report.loss)
             norms.append(report.grad_norm)
             batches = next(loader)
@@ -125,18 +127,14 @@ def joined(ranks: list[list[Part]]) -> dict[str, Tensor]:
 
 def with_layout(config: RunConfig, layout: str) -> RunConfig:
     """The same run on another layout, its global batch unchanged: fewer data ranks accumulate more micro-batches."""
-    return replace(config, parallel=replace(config.parallel, **{"dp": 1, "fsdp": 1, "tp": 1, **parse_layout(layout)})) if layout else replace(
-        config, parallel=ParallelConfig())
+    degrees = {"dp": 1, "fsdp": 1, "tp": 1, **(parse_layout(layout) if layout else {})}
+    return replace(config, parallel=replace(config.parallel, **degrees))
 
 
-Worlds = Callable[..., list[Any]]
-
-
-def measure(world: Worlds, config: RunConfig, layout: str, rows: Any, steps: int = 2) -> Measured:
-    """`config` on `layout` ("" is one process), over `world(ranks, function)`, which runs a function on every rank of a new world."""
+def measure(*, config: RunConfig, layout: str, rows: Any, steps: int = 2, timeout: float = 100.0) -> Measured:
+    """What `config` computes on `layout` ("" is one process), on a new world of that many ranks."""
     config = with_layout(config, layout)
-    ranks = config.parallel.degrees.ranks
-    results = world(ranks, measure_rank, config, rows, steps)
+    results = run_world(measure_rank, config.parallel.degrees.ranks, config, rows, steps, timeout=timeout)
     losses, norms = results[0][0], results[0][1]
     assert all(r[0] == losses and r[1] == norms for r in results), "ranks report different losses or norms"
     return Measured(losses, norms, joined([r[2] for r in results]), joined([r[3] for r in results]))
@@ -145,5 +143,21 @@ def measure(world: Worlds, config: RunConfig, layout: str, rows: Any, steps: int
 def worst_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, str]:
     """The largest max|a-b| / max|b| over the tensors (absolute where max|b| < 1e-12), and whose it is."""
     assert a.keys() == b.keys()
-    worst = max(((float((a[n] - b[n]).abs().max()) / (s if (s := float(b[n].abs().max())) >= 1e-12 else 1.0)), n) for n in b)
-    return worst
+
+    def difference(name: str) -> float:
+        size = float(b[name].abs().max())
+        return float((a[name] - b[name]).abs().max()) / (size if size >= 1e-12 else 1.0)
+
+    return max((difference(name), name) for name in b)
+
+
+def batches_of(rows: Any, first: int, count: int) -> Batch:
+    """Rows `first` to `first + count` as one batch."""
+    made = [rows.row(index) for index in range(first, first + count)]
+    return Batch(**{name: torch.from_numpy(np.stack([row[name] for row in made])) for name in made[0]})
+
+
+def placed_whole(name: str, parameter: Tensor) -> Placed:
+    """Where a parameter lives on a rank that holds all of it."""
+    box = whole_box(tuple(parameter.shape))
+    return Placed(name, tuple(parameter.shape), box, box, None, 0, 1)

@@ -38,9 +38,9 @@ class Setting:
     doc: str
 
 
-def describe(config: object, prefix: str = "") -> list[Setting]:
-    """Every setting of `config` and of the sections inside it, in the order they are declared."""
-    return list(_walk(config, prefix))
+def describe(config: object) -> list[Setting]:
+    """Every setting of `config`: its own in the order they are declared, then those of each section inside it."""
+    return list(_walk(config, ""))
 
 
 def flatten(config: object) -> dict[str, object]:
@@ -80,7 +80,8 @@ def redact(path: str, value: object) -> object:
     """`value` without the secret it may hold: a field named like a credential, or one inside a URL."""
     name = path.rpartition(".")[2]
     if isinstance(value, (tuple, list)):
-        return tuple(redact(path, item) for item in cast(Iterable[object], value))
+        redacted = [redact(path, item) for item in cast(Iterable[object], value)]
+        return tuple(redacted) if isinstance(value, tuple) else redacted
     if not isinstance(value, str) or not value:
         return value
     if _SECRET_NAME.search(name) and not _TEXT_TOKEN.search(name):
@@ -114,7 +115,7 @@ def read_toml(path: Path) -> tuple[str, dict[str, object]]:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")
+    return name.lower().strip("-").replace("-", "_")
 
 
 def _is_section(value: object) -> bool:
@@ -140,12 +141,13 @@ def _fields_of(section: type[Any]) -> dict[str, tuple[Any, str]]:
 
 
 def _walk(section: Any, prefix: str) -> Iterator[Setting]:
+    values = {name: getattr(section, name) for name in _fields(section)}
     for name, (kind, doc) in _fields(section).items():
-        value = getattr(section, name)
+        if not _is_section(values[name]):
+            yield Setting(prefix + name, _words(kind), values[name], doc)
+    for name, value in values.items():
         if _is_section(value):
             yield from _walk(value, f"{prefix}{name}.")
-        else:
-            yield Setting(prefix + name, _words(kind), value, doc)
 
 
 def _words(kind: Any) -> str:
@@ -256,11 +258,10 @@ def _typed(value: Any, kind: Any) -> object:
     elif kind is str:
         if isinstance(value, str):
             return value
-    elif kind is int and not isinstance(value, bool):
-        return _integer(value)
-    elif kind is float and not isinstance(value, bool):
-        number = float(value)
-        if not math.isnan(number):
+    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        if kind is int:
+            return _integer(value)
+        if kind is float and not math.isnan(number := float(value)):
             return number
     raise ValueError
 

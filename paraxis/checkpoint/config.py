@@ -13,6 +13,7 @@ class CheckpointConfig:
     """When a run saves, and how much of it is kept."""
 
     every: Annotated[int, "save every so many steps, and at the end; 0 means only at the end"] = 0
+    at_end: Annotated[bool, "save at the end; a run that is asked to stop early saves in any case"] = True
     keep_last: Annotated[int, "complete checkpoints to keep; older ones are removed once a new one is complete"] = KEEP_LEAST
 
     def __post_init__(self) -> None:

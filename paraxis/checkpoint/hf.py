@@ -163,6 +163,7 @@ def export_hf(
     Tensors keep their dtype, or are rounded once to `dtype`. The folder appears complete or not at all. Raises CheckpointError
     where `destination` holds something or the checkpoint cannot be read, StorageError where the folder cannot be written.
     """
+    destination = destination.absolute()  # "." has no name to draft beside
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CheckpointError(f"{destination} exists and is not an empty folder; export to another one")
     names = [name.removeprefix(MODEL) for name in checkpoint.tensors if name.startswith(MODEL)]
@@ -173,8 +174,7 @@ def export_hf(
         stored = checkpoint.tensors[MODEL + name]
         target = _target(DTYPES[stored.dtype], dtype)
         entries.append(Entry(theirs, target, stored.shape, lambda n=name, d=target: checkpoint.read(MODEL + n).to(d)))
-    contents = {checked_name(name): data for name, data in files.items()}
-    contents["config.json"] = json.dumps(config_json, indent=2).encode() + b"\n"
+    contents = {**files, "config.json": json.dumps(config_json, indent=2).encode() + b"\n"}
     draft = destination.with_name(f".{destination.name}.tmp-{os.getpid()}")
     try:
         draft.mkdir(parents=True)
@@ -182,7 +182,7 @@ def export_hf(
         sync_tree(draft)
         os.rename(draft, destination)
         sync_folder(destination.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise StorageError(f"{destination} was not written: {error}; see that there is space and that it can be written") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -199,7 +199,7 @@ def _write_folder(folder: Path, entries: list[Entry], contents: Mapping[str, byt
         index = {"metadata": {"total_size": sum(entry.size_bytes for entry in entries)}, "weight_map": weight_map}
         write_file(folder / _INDEX, json.dumps(index, indent=2).encode() + b"\n")
     for name, data in contents.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / checked_name(name)).parent.mkdir(parents=True, exist_ok=True)
         write_file(folder / name, data)
 
 

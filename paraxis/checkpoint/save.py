@@ -114,7 +114,7 @@ def save_parts(
     blank = Manifest(step, begun["generation"], layout, {}, {}, meta)
     _first_for_all(ranks, final, lambda: _commit(draft, final, blank, reports or [], files))
     if ranks.rank == 0:
-        _retire(final, [folder / name for name in begun["older"]], begun["generation"], keep_last)
+        _retire(final, [folder / name for name in begun["older"]], keep_last)
     return final
 
 
@@ -142,9 +142,10 @@ def _begin(final: Path) -> dict[str, Any]:
     """Makes the draft folder. A newer generation than any before: a writer left over from an earlier launch cannot share it."""
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
+    passing = passing_generations(folder)
+    sweep(folder)
     older = committed(folder)
-    generation = 1 + max([checkpoint.manifest.generation for checkpoint in older] + passing_generations(folder), default=0)
-    sweep(folder, generation)
+    generation = 1 + max(passing + [checkpoint.manifest.generation for checkpoint in older], default=0)
     draft = f"{final.name}.tmp-{generation}"
     (folder / draft).mkdir()
     return {"generation": generation, "draft": draft, "older": [checkpoint.path.name for checkpoint in older]}
@@ -218,13 +219,13 @@ def _merge(reports: list[dict[str, Any]]) -> tuple[dict[str, StoredTensor], dict
     return tensors, files
 
 
-def _retire(final: Path, older: list[Path], generation: int, keep_last: int) -> None:
+def _retire(final: Path, older: list[Path], keep_last: int) -> None:
     """Announces the new checkpoint and removes those no longer wanted. A failure here costs space, not state: it is only logged."""
     try:
         write_latest(final.parent, final.name)
-        previous = [path for path in older if path.stem != final.name]  # step-N.replaced-G goes with the sweep
+        previous = [path for path in older if path != final]
         for path in previous[max(keep_last, KEEP_LEAST) - 1 :]:
-            remove(path, generation)
-        sweep(final.parent, generation)
+            remove(path)
+        sweep(final.parent)
     except OSError as error:
         _log.warning("%s is saved, but what it replaces could not be tidied away: %s", final, error)

@@ -3,7 +3,7 @@
     step-12/               complete: it was given this name only after everything in it was on the disk
     step-12.tmp-7/         being written by save number 7 (its generation), or left by one that died
     step-12.replaced-7/    complete; save 7 is about to put its own step-12 in this place
-    step-3.pruned-7/       no longer wanted, being deleted
+    step-3.pruned/         no longer wanted, being deleted
     latest                 the name of the newest complete one, for people and scripts; loading does not rely on it
 
 The folder may be shared by several hosts, if what one has written and closed is then seen by all.
@@ -20,7 +20,8 @@ from paraxis.base.errors import CheckpointError
 LATEST = "latest"
 
 _COMPLETE = re.compile(r"step-\d+(\.replaced-\d+)?")
-_PASSING = re.compile(r"(step-\d+)(?:\..+)?\.(tmp|replaced|pruned)-(\d+)")
+_PASSING = re.compile(r"(?P<base>step-\d+)\.(?P<what>tmp|replaced)-(?P<generation>\d+)")
+_PRUNED = ".pruned"
 
 
 def complete_folders(folder: Path) -> list[Path]:
@@ -30,20 +31,25 @@ def complete_folders(folder: Path) -> list[Path]:
 
 def passing_generations(folder: Path) -> list[int]:
     """The generations of saves that are at work in `folder`, or died there."""
-    return [int(match[3]) for path in _folders(folder) if (match := _PASSING.fullmatch(path.name))]
+    return [int(match["generation"]) for path in _folders(folder) if (match := _PASSING.fullmatch(path.name))]
 
 
-def sweep(folder: Path, generation: int) -> None:
-    """Deletes what earlier saves left when they died. One that is still at it loses its draft, so it cannot commit. Raises OSError."""
+def sweep(folder: Path) -> None:
+    """Clears away what other saves have left. One that is still at it loses its draft, so it cannot commit. Raises OSError."""
     for path in _folders(folder):
-        match = _PASSING.fullmatch(path.name)
-        if match and (match[2] != "replaced" or (folder / match[1]).is_dir()):
-            remove(path, generation)
+        if path.name.endswith(_PRUNED):
+            shutil.rmtree(path)
+    for path in _folders(folder):
+        if match := _PASSING.fullmatch(path.name):
+            if match["what"] == "replaced" and not (folder / match["base"]).exists():
+                os.rename(path, folder / match["base"])  # its replacement never came
+            else:
+                remove(path)
 
 
-def remove(path: Path, generation: int) -> None:
+def remove(path: Path) -> None:
     """Deletes the folder of a checkpoint; it stops being one before the first of its files goes. Raises OSError."""
-    doomed = path.with_name(f"{path.name}.pruned-{generation}")
+    doomed = path.with_name(path.name + _PRUNED)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
 

@@ -12,7 +12,7 @@ from paraxis import __version__
 from paraxis.base.config import suggestion
 from paraxis.base.env import read_environment
 from paraxis.base.errors import ConfigError, ParaxisError, Preempted
-from paraxis.resilience.launch import claim
+from paraxis.resilience.launch import leave_words
 
 # Name to the module whose `run(arguments) -> exit code` it is, and a line for --help.
 COMMANDS = {
@@ -27,33 +27,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(arguments)
-    except ParaxisError as error:
-        if (speaker := _speaker(error)) is not None:
-            if "--debug" in arguments:
-                traceback.print_exc()
-            print(f"paraxis: {speaker}{error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        if _speaker(error) is not None:
-            raise  # a defect of ours: the traceback is what helps
-        return 1
+        _report(error, trace="--debug" in arguments)
+        return error.exit_code if isinstance(error, ParaxisError) else 1
 
 
-def _speaker(error: Exception) -> str | None:
-    """What stands before the message of `error`, or None where another rank is the one to give it."""
-    alike = isinstance(error, (ConfigError, Preempted))  # every rank meets these, so one a host has to say it
-    label = "" if isinstance(error, Preempted) else "error: "
+def _report(error: Exception, trace: bool) -> None:
+    """Says `error` once for all ranks: through the launcher whose worker we are, else on stderr.
+
+    Under torchrun and Slurm no process of ours sees all ranks; there, what every rank meets is said once a host.
+    """
     try:
         env = read_environment()
-    except ConfigError:  # which is then the error itself
-        return label
-    if env.store_path is not None and not claim(env.store_path):
-        return None
-    if alike:
-        return label if env.store_path is not None or env.local_rank == 0 else None
-    return f"{label}rank {env.rank}: " if env.is_worker else label
+    except ConfigError:  # it is what `error` is about, or will be
+        env = None
+    alike = isinstance(error, (ConfigError, Preempted))
+    label = "" if isinstance(error, Preempted) else "error: "
+    if env is not None and env.is_worker and not alike:
+        label += f"rank {env.rank}: "
+    words = f"paraxis: {label}{error}"
+    if not isinstance(error, ParaxisError):  # a defect, ours or a recipe's
+        words = f"paraxis: {label}unexpected {type(error).__name__}; its traceback is above"
+        trace = True
+    if trace:
+        words = traceback.format_exc() + words
+    if env is not None and env.store_path is not None:
+        leave_words(env.store_path, env.rank, words)
+    elif env is None or env.local_rank == 0 or not alike:
+        print(words, file=sys.stderr)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,5 +1,6 @@
 """`paraxis train`: starts the local workers of a run, or is one of them."""
 
+import os
 import shutil
 import sys
 import textwrap
@@ -30,7 +31,7 @@ Alone, the command starts its own workers; under torchrun or Slurm's srun it is 
                    every GPU of this machine)
   --run-dir DIR    where the run is kept (default: runs/NAME)
   --resume WHEN    auto: continue if the folder holds a checkpoint (default); must: continue or refuse;
-                   never: refuse a folder that holds a run
+                   never: refuse a folder that holds one
   --print-config   print the resolved run as TOML, and stop
   --debug          show tracebacks of errors
   --help           this; with a RECIPE, all of its settings
@@ -66,10 +67,10 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
     resume = one_of("resume", parsed.options.get("resume", "auto"), RESUME)
     config, base = find(recipe, _known(parsed.settings, recipe))
     if "help" in parsed.flags:
-        print(settings_help(recipe, describe(config)))
+        _show(settings_help(recipe, describe(config)))
         return 0
     if "print-config" in parsed.flags:
-        print(to_toml(config, base), end="")
+        _show(to_toml(config, base).rstrip())
         return 0
     env = read_environment()
     ranks = choose_ranks(parsed.options.get("ranks"), config.parallel.degrees, env)
@@ -88,8 +89,9 @@ def _known(settings: dict[str, object], recipe: str) -> dict[str, object]:
     sections = [field.name for field in fields(RunConfig)]
     for name in settings:
         if name.partition(".")[0] not in sections:
-            known = [*OPTIONS, *FLAGS, *flatten(find(recipe)[0])]
-            raise ConfigError(f"--{name} is neither an option nor a setting{suggestion(name, known)} See paraxis train {recipe} --help")
+            known = [f"--{path}" for path in (*OPTIONS, *FLAGS, *flatten(find(recipe)[0]))]
+            hint = suggestion(f"--{name}", known)
+            raise ConfigError(f"--{name} is neither an option nor a setting{hint} See paraxis train {recipe} --help")
     return settings
 
 
@@ -125,8 +127,22 @@ def settings_help(recipe: str, settings: Iterable[Setting]) -> str:
     for section, members in groupby(settings, key=lambda setting: setting.path.rpartition(".")[0]):
         lines += ["", f"{section or 'run'}:"]
         for setting in members:
-            value = redact(setting.path, setting.value)
-            shown = ",".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
             lines.append(f"  --{setting.path} {setting.words}")
-            lines += textwrap.wrap(f"{setting.doc} [{shown}]".strip(), width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+            text = f"{setting.doc} [{_spelled(redact(setting.path, setting.value))}]".strip()
+            lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join([*lines, "", "paraxis train --help lists the options."])
+
+
+def _spelled(value: object) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(_spelled, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _show(text: str) -> None:
+    """Prints what may be longer than its reader wants: `| head` is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush it at its end

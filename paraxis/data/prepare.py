@@ -63,7 +63,7 @@ def _key(config: DataConfig, sources: Sequence[Source], **settings: Any) -> str:
     """A name for these files as they are now and what is done to them, without reading them."""
     made_from = {
         "format": FORMAT,
-        "sources": [(source.path, source.size, source.version) for source in sources],
+        "sources": [(source.name, source.path, source.size, source.version) for source in sources],
         "text_field": config.text_field,
         "on_bad_record": config.on_bad_record,
         **settings,

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from paraxis.base.seams import Attend, HasAttention
@@ -36,15 +35,15 @@ class CachedAttention:
         assert documents_bt is None, "generated text is one document"
         self._seen, self._new, self._layer = self._seen + self._new, 0, 0
 
-    def __call__(self, q_bthd: Tensor, k_btgd: Tensor, v_btgd: Tensor, mask: None) -> Tensor:
+    def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: None) -> Tensor:
         if self._layer == len(self._kept):
-            shape = (k_btgd.shape[0], self._length, *k_btgd.shape[2:])
-            self._kept.append((k_btgd.new_empty(shape), v_btgd.new_empty(shape)))
+            shape = (k_bsgd.shape[0], self._length, *k_bsgd.shape[2:])
+            self._kept.append((k_bsgd.new_empty(shape), v_bsgd.new_empty(shape)))
         keys, values = self._kept[self._layer]
-        end = self._seen + k_btgd.shape[1]
-        keys[:, self._seen : end] = k_btgd
-        values[:, self._seen : end] = v_btgd
-        self._layer, self._new = self._layer + 1, k_btgd.shape[1]
+        end = self._seen + k_bsgd.shape[1]
+        keys[:, self._seen : end] = k_bsgd
+        values[:, self._seen : end] = v_bsgd
+        self._layer, self._new = self._layer + 1, k_bsgd.shape[1]
         return self._attend(q_bthd, keys[:, :end], values[:, :end], None)
 
 

@@ -29,14 +29,15 @@ def generate(model: HasLogits, prompt_bt: Tensor, sampling: SamplingConfig, stop
     stops = torch.tensor(sorted(stop), dtype=torch.int64, device=prompt_bt.device)
     tokens_bt, new_bt = prompt_bt, prompt_bt
     ended_b = torch.zeros_like(prompt_bt[:, 0], dtype=torch.bool)
-    with cached(model, prompt_bt.shape[1] + sampling.max_tokens) if isinstance(model, Cacheable) else nullcontext():
+    remembering = _cacheable(model)
+    with nullcontext() if remembering is None else cached(remembering, prompt_bt.shape[1] + sampling.max_tokens):
         for _ in range(sampling.max_tokens):
-            if isinstance(model, Cacheable):
+            if remembering is None:
+                logits_bv = model.logits(tokens_bt)[:, -1]
+            else:
                 first = tokens_bt.shape[1] - new_bt.shape[1]
                 positions_bt = torch.arange(first, tokens_bt.shape[1], device=tokens_bt.device).expand_as(new_bt)
-                logits_bv = model.logits(new_bt, positions_bt)[:, -1]
-            else:
-                logits_bv = model.logits(tokens_bt)[:, -1]
+                logits_bv = remembering.logits(new_bt, positions_bt)[:, -1]
             token_b = torch.where(ended_b, tokens_bt[:, -1], pick(logits_bv, sampling, generator))
             yield token_b
             ended_b = ended_b | torch.isin(token_b, stops)
@@ -44,3 +45,7 @@ def generate(model: HasLogits, prompt_bt: Tensor, sampling: SamplingConfig, stop
                 return
             new_bt = token_b[:, None]
             tokens_bt = torch.cat([tokens_bt, new_bt], dim=1)
+
+
+def _cacheable(model: object) -> Cacheable | None:
+    return model if isinstance(model, Cacheable) else None

@@ -52,9 +52,13 @@ class LlamaConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.heads % self.kv_heads:
-            raise ConfigError(f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; choose kv_heads that divides it")
+            raise ConfigError(
+                f"model.heads={self.heads} is not a multiple of model.kv_heads={self.kv_heads}; choose kv_heads that divides it"
+            )
         if self.head_size is None and self.width % self.heads:
-            raise ConfigError(f"model.width={self.width} is not a multiple of model.heads={self.heads}; change either, or set model.head_size")
+            raise ConfigError(
+                f"model.width={self.width} is not a multiple of model.heads={self.heads}; change either, or set model.head_size"
+            )
         if self.head_width < 2 or self.head_width % 2:
             raise ConfigError(f"heads of width {self.head_width} have no pairs to rotate; make model.head_size (or width / heads) even")
         if self.norm_eps <= 0 or self.init_std <= 0:

@@ -45,7 +45,7 @@ def logit_gradient(logits_nv: Tensor, targets_n: Tensor, lse_n: Tensor, first: i
     z_nv = at_least_fp32(logits_nv)
     kept_n1 = (targets_n != IGNORE)[:, None]
     inside_n, column_n1 = _columns(targets_n, first, logits_nv.shape[1])
-    gradient_nv = ((z_nv - lse_n[:, None]).exp_() * kept_n1).to(logits_nv.dtype)
+    gradient_nv = (z_nv - lse_n[:, None]).exp_().mul_(kept_n1).to(logits_nv.dtype)
     # The target's entry, p - 1, is rounded once and from full precision: in bf16 a p near 1 would leave nothing.
     target_n1 = ((z_nv.gather(1, column_n1) - lse_n[:, None]).exp() - inside_n[:, None].to(z_nv.dtype)) * kept_n1
     return gradient_nv.scatter_(1, column_n1, target_n1.to(logits_nv.dtype))

@@ -12,17 +12,22 @@ from torch.distributed import _functional_collectives as functional
 Group = dist.ProcessGroup
 
 # torch 2.13 renamed these; 2.11 and 2.12 know the old names only.
-_all_gather_tensor = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
-_reduce_scatter_tensor = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+_all_gather_first = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_reduce_scatter_first = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+# The collectives work along the first dimension. torch's own handling of another one cannot be compiled on 2.11.
 def _all_gather(x: Tensor, group: Group) -> Tensor:
-    return functional.wait_tensor(_all_gather_tensor(x.contiguous(), 1, group))
+    ranks, b, *rest = group.size(), *x.shape
+    parts = functional.wait_tensor(_all_gather_first(x.contiguous(), 0, group))
+    return parts.view(ranks, b, *rest).transpose(0, 1).reshape(b, ranks * rest[0], *rest[1:])
 
 
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
-    return functional.wait_tensor(_reduce_scatter_tensor(x.contiguous(), "sum", 1, group))
+    ranks, b, t, *rest = group.size(), *x.shape
+    parts = x.view(b, ranks, t // ranks, *rest).transpose(0, 1).reshape(ranks * b, t // ranks, *rest)
+    return functional.wait_tensor(_reduce_scatter_first(parts.contiguous(), "sum", 0, group))
 
 
 class _Gather(torch.autograd.Function):

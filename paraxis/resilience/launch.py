@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from paraxis.base.env import worker_variables
-from paraxis.base.errors import Preempted
+from paraxis.base.errors import Preempted, TrainingError
 
 GRACE_S = 5.0  # what workers have to leave in once a peer has failed: without it they cannot finish a save
 _POLL_S = 0.05
@@ -33,8 +33,9 @@ _Worker = subprocess.Popen[bytes]
 def launch(command: Sequence[str], ranks: int, *, grace_s: float = GRACE_S) -> int:
     """Runs `command` as `ranks` workers and returns an exit code: 0, 75 if they were preempted, else that of the worker that failed.
 
-    A death by signal n counts as 128 + n. Rank 0 writes to our stdout, every rank to our stderr. A failing worker reports
-    its own error if it is the first to `claim`; for one that cannot, a line on stderr says which rank ended, and how.
+    A death by signal n counts as 128 + n. Rank 0 writes to our stdout, every rank to our stderr. When one worker fails the rest
+    fail too, so they leave their last words with us (`leave_words`) and we show those of the worker that was the cause; for
+    one that left none, we say which rank ended, and how.
     """
     with tempfile.TemporaryDirectory(prefix="paraxis-", ignore_cleanup_errors=True) as private, _received_signals() as received:
         store_path = Path(private) / "store"
@@ -42,30 +43,28 @@ def launch(command: Sequence[str], ranks: int, *, grace_s: float = GRACE_S) -> i
         try:
             for rank in range(ranks):
                 workers.append(_start(command, rank, ranks, store_path))
-            first_failed = _wait(workers, received)
-            if not first_failed:
-                return max(worker.returncode for worker in workers)  # 0, or 75 if any was preempted
-            _signal(workers, signal.SIGTERM)
-            _wait_until(time.monotonic() + grace_s, workers)
-            # Peers can notice a killed rank before its exit is visible to us. Nobody has sent SIGKILL from here yet.
-            cause = min(_failed(workers), key=lambda rank: (workers[rank].returncode != -signal.SIGKILL, rank not in first_failed))
-            code = workers[cause].returncode
-            if received and code in (-received[0], 128 + received[0], -signal.SIGKILL if received[1:] else None):
-                return _stopped(received[0])
-            return _report(cause, code, ranks, unexplained=claim(store_path))
+            if first_failed := _wait(workers, received):
+                _signal(workers, signal.SIGTERM)
+                _wait_until(time.monotonic() + grace_s, workers)
+                return _explain(_cause(workers, first_failed), workers, store_path, received)
+            preempted = [rank for rank, worker in enumerate(workers) if worker.returncode == Preempted.exit_code]
+            return _explain(preempted[0], workers, store_path, received) if preempted else 0
         finally:
             _signal(workers, signal.SIGKILL)
             for worker in workers:
                 worker.wait()
 
 
-def claim(store_path: Path) -> bool:
-    """True for exactly one caller among all processes of a launch: the one that may report an error."""
+def leave_words(store_path: Path, rank: int, words: str) -> None:
+    """Leaves what a failing worker has to say with its launcher, or on stderr where that is not possible."""
     try:
-        os.close(os.open(store_path.with_name("claimed"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except OSError:  # taken; or the launcher has gone, and nobody listens
-        return False
-    return True
+        _words_path(store_path, rank).write_text(words, encoding="utf-8")
+    except OSError:
+        print(words, file=sys.stderr)
+
+
+def _words_path(store_path: Path, rank: int) -> Path:
+    return store_path.with_name(f"words-{rank}")
 
 
 def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> _Worker:
@@ -135,18 +134,34 @@ def _signal(workers: list[_Worker], number: int) -> None:
             (os.killpg if number == signal.SIGKILL else os.kill)(worker.pid, number)
 
 
-def _stopped(number: int) -> int:
-    print(f"paraxis: stopped by {signal.Signals(number).name} before the workers had saved", file=sys.stderr)
-    return 128 + number
+def _cause(workers: list[_Worker], first_failed: list[int]) -> int:
+    """The rank whose failure brought the others down, judged before any was sent SIGKILL from here.
+
+    Peers can notice a lost rank before its own exit is visible to us, so how a rank ended counts for more than when.
+    """
+
+    def doubt(code: int) -> int:
+        if code == -signal.SIGKILL:
+            return 0  # from outside
+        if code in (TrainingError.exit_code, -signal.SIGABRT, -signal.SIGTERM):
+            return 3  # how peers of a lost rank end, and those that we stopped
+        return 2 if code in (1, -signal.SIGSEGV) else 1  # an accident may be another's; a refusal is a rank's own
+
+    return min(_failed(workers), key=lambda rank: (doubt(workers[rank].returncode), rank not in first_failed))
 
 
-def _report(rank: int, code: int, ranks: int, unexplained: bool) -> int:
-    """The exit code for the failure of `rank`, after a line about it unless a worker has explained itself."""
-    others = "; the other ranks were stopped" if ranks > 1 else ""
-    if code < 0:
+def _explain(cause: int, workers: list[_Worker], store_path: Path, received: list[int]) -> int:
+    """Says why the workers ended as `cause` did, and returns the exit code for it."""
+    code = workers[cause].returncode
+    if received and code in (-received[0], 128 + received[0], -signal.SIGKILL if received[1:] else None):
+        code = -received[0]
+        words = f"paraxis: stopped by {signal.Signals(received[0]).name} before the workers had saved"
+    elif code < 0:
         hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
-        print(f"paraxis: error: rank {rank} was killed by {signal.Signals(-code).name}{hint}{others}", file=sys.stderr)
-        return 128 - code
-    if unexplained:
-        print(f"paraxis: error: rank {rank} ended with exit code {code}{others}", file=sys.stderr)
-    return code
+        words = f"paraxis: error: rank {cause} was killed by {signal.Signals(-code).name}{hint}"
+    elif (path := _words_path(store_path, cause)).exists():
+        words = path.read_text(encoding="utf-8")
+    else:
+        words = f"paraxis: error: rank {cause} ended with exit code {code}"
+    print(words, file=sys.stderr)
+    return code if code > 0 else 128 - code

@@ -78,6 +78,8 @@ def between_steps(run: Run, record: Record, save: Save, *, last: bool) -> None:
         loss, targets = evaluate(run)
         record.event("evaluation", "held-out loss", step=run.step, loss=loss, targets=targets)
         record.evaluation(run.step, loss)
+    if finished and not run.config.checkpoint.at_end:
+        return
     if not (last or due(run, run.config.checkpoint.every)):
         return
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from paraxis.base.config import to_toml
-from paraxis.base.env import Environment, allow_deterministic_kernels, read_environment
+from paraxis.base.env import Environment, allow_deterministic_kernels, prefer_expandable_segments, read_environment
 from paraxis.base.errors import CheckpointError, ConfigError
 from paraxis.checkpoint.load import committed
 from paraxis.observe.folder import RunFolder
@@ -34,6 +34,7 @@ def run_worker(config: RunConfig, *, base: str, run_dir: Path, resume: str) -> N
     must refuses where it does not, never refuses where it does. Raises ParaxisError for what a person can mend.
     """
     environment = read_environment()
+    prefer_expandable_segments()
     if config.train.deterministic:
         allow_deterministic_kernels()
         torch.use_deterministic_algorithms(True)

@@ -8,7 +8,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -157,6 +157,7 @@ RULES: dict[Rule, tuple[int, str, str]] = {
 }
 
 
+@cache
 def package() -> list[Module]:
     return [Module(path.relative_to(PACKAGE).as_posix(), path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
 

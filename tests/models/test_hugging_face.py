@@ -64,7 +64,7 @@ def test_transformers_5_spelling_is_read():
 
 
 @pytest.mark.parametrize(
-    "change,said",
+    ("change", "said"),
     [
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
         ({"attention_bias": True}, "attention_bias=True"),

@@ -1,6 +1,8 @@
 """First values: the same however a parameter is cut, normal, and independent between names, seeds and places."""
 
+import hashlib
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from paraxis.base.layout import Box, place, whole_box
 from paraxis.models import init
 from paraxis.models.init import Normal, Ones, Zeros, default_rule, fill_, initialise
 
+STANDARD = Normal(1.0)
 
-def values(shape, box=None, *, seed=0, name="w", dtype=torch.float32, rule=Normal(1.0)):
+
+def values(shape, box=None, *, seed=0, name="w", dtype=torch.float32, rule=STANDARD):
     box = box or whole_box(shape)
     local = torch.full(box.sizes, torch.nan, dtype=dtype)
     fill_(local, rule, seed=seed, name=name, shape=shape, box=box)
@@ -75,8 +79,17 @@ def test_neighbours_names_and_seeds_are_independent():
             assert abs(correlation) < 5 / x.numel() ** 0.5, (between, power)
 
 
-def test_the_same_seed_and_name_give_the_same_values_for_ever():
-    torch.testing.assert_close(values((4,)), torch.tensor(GOLDEN), rtol=0, atol=1e-6)
+def test_values_are_splitmix64_through_the_inverse_normal_distribution():
+    def expected(index, seed, name):
+        bits = index * 0x9E3779B97F4A7C15 + int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            bits &= 2**64 - 1
+            bits = (bits ^ bits >> shift) * factor
+        below_half = ((bits >> 32) + 0.5) / 2**33
+        return statistics.NormalDist().inv_cdf(below_half) * (1 if bits & 1 else -1)
+
+    ours = values((300,), seed=5, name="layers.3.mlp.up_proj.weight").tolist()
+    assert ours == pytest.approx([expected(i, 5, "layers.3.mlp.up_proj.weight") for i in range(300)], rel=1e-5, abs=1e-6)
 
 
 def test_rules_without_chance_and_the_default_rules():
@@ -99,6 +112,3 @@ def test_initialise_follows_the_models_table_then_the_default():
         assert bool((local == 0).all()) == zero
         if not zero:
             assert torch.equal(local, values((7, 4), name=name, rule=Normal(0.02))[4:])
-
-
-GOLDEN = [0.0, 0.0, 0.0, 0.0]

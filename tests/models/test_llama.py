@@ -1,7 +1,5 @@
 """Llama's shapes, counts and seams."""
 
-import logging
-
 import pytest
 import torch
 
@@ -35,7 +33,7 @@ def batch(vocabulary=97, masked=False) -> Batch:
 
 
 @pytest.mark.parametrize(
-    "config,count",
+    ("config", "count"),
     [
         (llama.llama3_1b(), 1_235_814_400),
         (llama.llama3_3b(), 3_212_749_824),
@@ -168,7 +166,7 @@ def test_bf16_computes_its_loss_in_fp32():
 
 
 @pytest.mark.parametrize(
-    "wrong,said",
+    ("wrong", "said"),
     [
         ({"heads": 3}, "kv_heads=2"),
         ({"width": 30}, "model.width=30 is not a multiple of model.heads=4"),
@@ -185,4 +183,4 @@ def test_nonsense_is_refused_by_name(wrong, said):
 def test_a_head_may_be_wider_than_its_share():
     model = tiny(head_size=16, rope=RopeConfig(factor=2.0)).build()
     assert model.blocks()[0].attention.q_proj.weight.shape == (64, 32)
-    logging.getLogger("paraxis").debug("loss %s", model(batch()))
+    assert model(batch()).isfinite()

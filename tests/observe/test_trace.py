@@ -94,6 +94,7 @@ def test_the_memory_of_a_process_is_between_nothing_and_the_peak():
 
 def trace_on_cuda(folder: Path) -> None:
     device = Device("cuda", 0, "", 0)
+    torch.cuda.init()
     profile = Profile(ProfileConfig(steps="1:1", memory=True), folder, 0, device)
     reset_peak(device)
     profile.before_step(1)

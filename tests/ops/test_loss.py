@@ -26,7 +26,7 @@ def error(ours, theirs) -> float:
     return max(((a.double() - b.double()).abs().max() / b.double().abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 21, 1000])
 def test_loss_and_gradients_equal_the_reference(dtype, tolerance, chunk_tokens):
     x, weight, targets = inputs(dtype)
@@ -130,7 +130,7 @@ def test_compiled_chunks_give_the_same():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
 def test_gpu_loss_and_gradients_equal_the_reference(compiled, dtype, tolerance):
     x, weight, targets = inputs(dtype, length=64, width=64, vocabulary=512, device="cuda")
     ours = outcome(lambda *a: chunked_head_loss(*a, chunk_tokens=50, compiled=compiled), x, weight, targets)

@@ -52,7 +52,7 @@ def test_nonsense_is_refused_by_name(wrong):
         RopeConfig(**wrong)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
 def test_rms_norm_is_its_formula(dtype, tolerance):
     norm = RMSNorm(64, 1e-5).to(dtype)
     torch.nn.init.normal_(norm.weight)
