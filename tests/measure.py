@@ -93,7 +93,13 @@ def measure_rank(config: RunConfig, rows: Any, steps: int) -> tuple[list[float],
         losses, norms = [], []
         for _ in range(steps):
             report = train_step(
-                run.model, run.shards, batches, run.optimizer, run.mesh, lr=config.optim.lr, max_norm=config.optim.clip_norm,
+                run.model,
+                run.shards,
+                batches,
+                run.optimizer,
+                run.mesh,
+                lr=config.optim.lr,
+                max_norm=config.optim.clip_norm,
                 each_micro_batch=run.strategy.reduce_each_micro_batch,
             )
             losses.append(report.loss)
@@ -118,8 +124,13 @@ def joined(ranks: list[list[Part]]) -> dict[str, Tensor]:
             at = box.slices_within(whole_box(shape))
             held = out[at]
             both = ~held.isnan()
-            torch.testing.assert_close(held[both], tensor[both], rtol=1e-6 if tensor.dtype == torch.float32 else 1e-12, atol=1e-12,
-                                       msg=lambda text, name=name: f"the ranks' copies of {name} differ: {text}")
+            torch.testing.assert_close(
+                held[both],
+                tensor[both],
+                rtol=1e-6 if tensor.dtype == torch.float32 else 1e-12,
+                atol=1e-12,
+                msg=lambda text, name=name: f"the ranks' copies of {name} differ: {text}",
+            )
             out[at] = tensor
     assert not any(t.isnan().any() for t in whole.values()), "a part is missing, or not a number"
     return whole

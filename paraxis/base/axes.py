@@ -21,8 +21,10 @@ class Degrees:
         for field in fields(self):
             degree = getattr(self, field.name)
             if degree < 1 and not (field.name == "fsdp" and degree == -1):
-                raise ConfigError(f"parallel.{field.name}={degree} is not a degree; use 1 or more"
-                                  + (" (or -1 for what is left)" if field.name == "fsdp" else ""))
+                raise ConfigError(
+                    f"parallel.{field.name}={degree} is not a degree; use 1 or more"
+                    + (" (or -1 for what is left)" if field.name == "fsdp" else "")
+                )
 
     @property
     def ranks(self) -> int:
@@ -42,13 +44,17 @@ class Degrees:
         """
         if self.fsdp != -1:
             if self.ranks != ranks:
-                raise ConfigError(f"{self} needs {self.ranks} ranks but {ranks} were started; "
-                                  f"start {self.ranks}, or set parallel.fsdp=-1 to take what is left")
+                raise ConfigError(
+                    f"{self} needs {self.ranks} ranks but {ranks} were started; "
+                    f"start {self.ranks}, or set parallel.fsdp=-1 to take what is left"
+                )
             return self
         others = self.dp * self.tp
         if ranks % others:
-            raise ConfigError(f"parallel.fsdp=-1 takes what dp={self.dp} x tp={self.tp} leave, but {ranks} ranks are not "
-                              f"a multiple of {others}; start a multiple of {others} ranks or lower dp or tp")
+            raise ConfigError(
+                f"parallel.fsdp=-1 takes what dp={self.dp} x tp={self.tp} leave, but {ranks} ranks are not "
+                f"a multiple of {others}; start a multiple of {others} ranks or lower dp or tp"
+            )
         return replace(self, fsdp=ranks // others)
 
     def __str__(self) -> str:

@@ -122,8 +122,10 @@ def place(name: str, shape: tuple[int, ...], table: LayoutTable, degrees: Degree
     if split is not None and (parts := getattr(degrees, split.axis)) > 1:
         if split.dim >= len(shape) or shape[split.dim] % parts:
             size = shape[split.dim] if split.dim < len(shape) else "no"
-            raise ConfigError(f"parallel.{split.axis}={parts} does not divide {name}: dimension {split.dim} has {size} entries; "
-                              f"choose a degree that divides it, or change the model's shape")
+            raise ConfigError(
+                f"parallel.{split.axis}={parts} does not divide {name}: dimension {split.dim} has {size} entries; "
+                f"choose a degree that divides it, or change the model's shape"
+            )
         box = box.cut(split.dim, parts, at[split.axis])
     stored = box.cut(0, degrees.fsdp, at["fsdp"]) if shape else box
     tp_copies = degrees.tp if split is None else 1

@@ -72,7 +72,9 @@ def parse_layout(text: str) -> dict[str, int]:
     for part in re.split(r"\s*x\s*", text.strip()):
         match = _PART.fullmatch(part)
         if not match or match[1] not in AXES:
-            raise ConfigError(f"layout {text!r}: cannot read {part!r}; write axes with degrees joined by x, such as fsdp2xtp2 (axes: {', '.join(AXES)})")
+            raise ConfigError(
+                f"layout {text!r}: cannot read {part!r}; write axes with degrees joined by x, such as fsdp2xtp2 (axes: {', '.join(AXES)})"
+            )
         if match[1] in found:
             raise ConfigError(f"layout {text!r}: {match[1]} stands twice; name each axis once")
         found[match[1]] = int(match[2])

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from paraxis.base.layout import Placed, place
 from paraxis.base.seams import HasHeadLoss
@@ -34,8 +35,9 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill) ->
     if mesh.degrees.tp > 1:
         shard_tensors(model, layout, placed, mesh.tp)
     if isinstance(model, HasHeadLoss):
-        compiled = strategy.compile == "inductor"
-        model.use_head_loss(VocabularyParallelLoss(mesh.tp, compiled) if mesh.degrees.tp > 1 else partial(chunked_head_loss, compiled=compiled))
+        fused = strategy.compile == "inductor"
+        vocabulary_parallel = mesh.degrees.tp > 1
+        model.use_head_loss(VocabularyParallelLoss(mesh.tp, fused) if vocabulary_parallel else partial(chunked_head_loss, compiled=fused))
     checkpoint_blocks(blocks, strategy.remat)
     compile_blocks(blocks, strategy.compile)  # after recomputation, which it then sees; before FSDP, whose hooks must stay eager
     shard_parameters(model, blocks, mesh.sharding, strategy.precision, strategy.reshard)
@@ -53,7 +55,7 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str) -> None:
 
 def _filled(parameter: nn.Parameter, placed: Placed, fill: Fill) -> Shard:
     with torch.no_grad():
-        local = nn.Parameter(parameter.to_local(), requires_grad=parameter.requires_grad)  # type: ignore[attr-defined]
+        local = nn.Parameter(cast(DTensor, parameter).to_local(), requires_grad=parameter.requires_grad)
         assert tuple(local.shape) == placed.stored.sizes, (placed, local.shape)
         if local.numel():
             fill(local, placed)

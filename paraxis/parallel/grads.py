@@ -5,9 +5,11 @@ Every rank holds disjoint parts of most parameters and copies of a few; a copy c
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from paraxis.base.dtypes import at_least_fp32
 from paraxis.base.layout import Placed
@@ -26,7 +28,7 @@ class Shard:
     def take_gradient(self) -> None:
         """Hands FSDP's gradient of this part to `local`, where the optimizer looks for it; zero where nothing came."""
         grad = self.parameter.grad
-        self.local.grad = torch.zeros_like(self.local) if grad is None else grad.to_local()
+        self.local.grad = torch.zeros_like(self.local) if grad is None else cast(DTensor, grad).to_local()
 
     def drop_gradient(self) -> None:
         self.parameter.grad = None

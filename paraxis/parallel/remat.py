@@ -16,7 +16,7 @@ from paraxis.base.strategy import RematConfig
 _aten = torch.ops.aten
 
 # Costly to compute or to communicate again; everything else (norms, rotations, activations, casts) is cheap.
-KEPT = {
+KEPT: set[Any] = {
     _aten.mm.default,
     _aten.bmm.default,
     _aten.addmm.default,

@@ -50,8 +50,10 @@ def _adapt(module: nn.Module, name: str, where: Placed, group: dist.ProcessGroup
     elif isinstance(module, nn.Embedding) and where.split.dim == 0:
         module.forward = types.MethodType(_VocabularyEmbedding(group, where.computed.offsets[0]), module)
     elif isinstance(module, nn.Linear | nn.Embedding):
-        raise ConfigError(f"the layout table splits {name}.weight along dimension {where.split.dim}, which {type(module).__name__} "
-                          f"has no tensor-parallel form for; split a Linear along 0 or 1, an Embedding along 0")
+        raise ConfigError(
+            f"the layout table splits {name}.weight along dimension {where.split.dim}, which {type(module).__name__} "
+            f"has no tensor-parallel form for; split a Linear along 0 or 1, an Embedding along 0"
+        )
 
 
 class _GatherInput:

@@ -45,7 +45,9 @@ class Record:
         if not self._speaks:
             return
         if self._metrics.due(step):
-            self._metrics.write(step, {"loss": report.loss, "grad_norm": report.grad_norm, **values, "step_s": timed.step_s, "data_s": report.data_s})
+            self._metrics.write(
+                step, {"loss": report.loss, "grad_norm": report.grad_norm, **values, "step_s": timed.step_s, "data_s": report.data_s}
+            )
         tokens_per_s = values["tokens_per_s"] or 0.0
         self._progress.update(step, loss=report.loss, tokens_per_s=tokens_per_s * self._world.size, memory_gib=report.memory_gib)
 

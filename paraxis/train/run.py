@@ -138,7 +138,7 @@ def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None)
     strategy = build_strategy(config, world)
     mesh = build_mesh(world, strategy.degrees)
     with torch.device("meta"):
-        model = config.model.build()
+        model: nn.Module = config.model.build()
     if isinstance(model, HasAttention):
         documents = bool(getattr(config.data, "document_mask", False))
         width = getattr(config.model, "head_width", None)

@@ -48,13 +48,13 @@ class Settlement:
         ranks = ", ".join(map(str, report.bad_ranks))
         self._record.event(
             "warning",
-            f"step {step}: loss or gradient is not finite (loss {report.loss}, gradient norm {report.grad_norm}, first seen on rank {ranks}); "
-            f"the update was skipped on all ranks",
+            f"step {step}: loss or gradient is not finite (loss {report.loss}, gradient norm {report.grad_norm}, "
+            f"first seen on rank {ranks}); the update was skipped on all ranks",
             step=step, ranks=report.bad_ranks,
         )
         if self._bad >= self._run.config.train.bad_steps:
             raise TrainingError(
-                f"{self._bad} steps in a row, up to step {step}, had a loss or gradient that is not finite (rank {ranks}), and none was applied. "
-                f"The last checkpoint is kept: lower optim.lr or look at the data from row {self._run.row - self._bad * self._run.rows_per_step} on; "
-                f"train.bad_steps sets the limit"
+                f"{self._bad} steps in a row, up to step {step}, had a loss or gradient that is not finite (rank {ranks}), "
+                f"and none was applied. The last checkpoint is kept: lower optim.lr, or look at the data from row "
+                f"{(step - self._bad) * self._run.rows_per_step} on; train.bad_steps sets the limit"
             )

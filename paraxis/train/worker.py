@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,8 @@ def resume_run(run: Run, folder: RunFolder, resume: str) -> Path | None:
     """
     found = committed(folder.checkpoints, log.warning)
     if resume == "never" and found:
-        raise ConfigError(f"--resume=never, but {folder.path} already holds {found[0].path.name}; choose another --run-dir, or --resume=auto to continue")
+        raise ConfigError(f"--resume=never, but {folder.path} already holds {found[0].path.name}; "
+                          f"choose another --run-dir, or --resume=auto to continue")
     for number, checkpoint in enumerate(found):
         try:
             restore_run(run, checkpoint)
@@ -108,7 +110,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         stop.reason = signal.Signals(number).name
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

@@ -18,6 +18,12 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 rank, folder = int(os.environ["RANK"]), Path.cwd()
+
+def meet():
+    (folder / f"met{{rank}}").touch()
+    while len(list(folder.glob("met*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
+
 """
 UNTIL_SIGTERM = """
 from paraxis.resilience.launch import leave_words
@@ -85,7 +91,7 @@ def test_only_rank_0_writes_to_stdout(capfd: pytest.CaptureFixture[str]):
 
 
 def test_a_failing_rank_ends_the_others_and_gives_the_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    body = "(folder / f'pid{rank}').write_text(str(os.getpid()))\nif rank == 1: sys.exit(3)\n" + SLEEP
+    body = "(folder / f'pid{rank}').write_text(str(os.getpid()))\nmeet()\nif rank == 1: sys.exit(3)\n" + SLEEP
     assert launch(worker(body), 2) == 3
     assert not alive(int((tmp_path / "pid0").read_text()))
     assert capfd.readouterr().err == "paraxis: error: rank 1 ended with exit code 3\n"
@@ -93,8 +99,13 @@ def test_a_failing_rank_ends_the_others_and_gives_the_exit_code(tmp_path: Path, 
 
 def test_a_killed_rank_is_named_with_its_signal_though_a_peer_failed_first(capfd: pytest.CaptureFixture[str]):
     # Rank 0 stands for a peer whose connection broke before the kernel had finished with rank 1.
-    body = "if rank == 0: sys.exit(1)\ntime.sleep(0.5)\nos.kill(os.getpid(), signal.SIGKILL)"
-    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + body
+    body = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+meet()
+if rank == 0: sys.exit(1)
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
     assert launch(worker(body), 2) == 128 + signal.SIGKILL
     assert capfd.readouterr().err == "paraxis: error: rank 1 was killed by SIGKILL, as the system does when memory runs out\n"
 
@@ -103,7 +114,7 @@ def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path):
     body = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (folder / f"ready{rank}").write_text(str(os.getpid()))
-while rank == 1 and not (folder / "ready0").exists(): time.sleep(0.01)
+meet()
 if rank == 1: sys.exit(70)
 """
     assert launch(worker(body + SLEEP), 2, grace_s=0.2) == 70
@@ -124,7 +135,7 @@ def test_of_failing_ranks_only_the_cause_is_heard(codes: tuple[int, ...], cause:
 from paraxis.resilience.launch import leave_words
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 leave_words(Path(os.environ["PARAXIS_STORE"]), rank, f"words of {{rank}}")
-while len(list(Path(os.environ["PARAXIS_STORE"]).parent.glob("words-*"))) < 3: time.sleep(0.01)
+meet()
 code = {codes}[rank]
 os._exit(code) if code >= 0 else os.kill(os.getpid(), -code)
 """
@@ -186,9 +197,8 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if rank == 0:
     child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
     (folder / "child").write_text(str(child.pid))
-else:
-    while not (folder / "child").exists(): time.sleep(0.01)
-    sys.exit(1)
+meet()
+if rank == 1: sys.exit(1)
 """
     assert launch(worker(body + SLEEP), 2, grace_s=0.2) == 1
     assert eventually(lambda: not alive(int((tmp_path / "child").read_text())))

@@ -1,0 +1,190 @@
+"""Whole commands as a person would type them, forked from a test process that has already imported torch.
+
+A fresh `python -m paraxis` imports torch for seconds, and so does each of its workers. Here the command and its workers are
+forked instead; all else is real: arguments, launcher, signals, exit codes, what is written to stdout and stderr.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import paraxis.cli.train
+import paraxis.train.worker
+from paraxis.base.env import worker_variables
+from paraxis.checkpoint.load import newest, open_checkpoint
+from paraxis.cli import main
+from paraxis.resilience import launch
+from tests.worlds import warm_up
+
+RECIPES = Path(__file__).parent / "train" / "planted.py"
+OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PARAXIS_STORE")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code (negative: killed by that signal), and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class Forked:
+    """A child process that calls `body` and exits with what it returns; offers what the launcher needs of `subprocess.Popen`."""
+
+    def __init__(self, body: Callable[[], int], out: Path | None, err: Path | None) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _live(body, out, err)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = 60.0) -> int:
+        deadline_s = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline_s:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise TimeoutError(f"process {self.pid} had not ended after {timeout:g} s")
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def _live(body: Callable[[], int], out: Path | None, err: Path | None) -> None:
+    """The life of a forked process. It leaves through os._exit: pytest and its exit handlers are not its own to run."""
+    code = 1
+    try:
+        for number, path in ((1, out), (2, err)):
+            if path is not None:
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        # pytest has its own streams and log handlers, which would keep to themselves what is written.
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+        logging.getLogger().handlers.clear()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        torch.set_num_threads(1)
+        code = body()
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> Any:
+    """In place of the launcher's own: the worker is forked, with the same variables, streams, group and end."""
+    variables = worker_variables(rank, ranks, store_path)
+    ask_to_die = launch._die_with(os.getpid())
+
+    def body() -> int:
+        os.setpgid(0, 0)
+        if ask_to_die is not None:
+            ask_to_die()
+        os.environ.update(variables)
+        return main(command[3:])
+
+    return Forked(body, None if rank == 0 else Path(os.devnull), None)
+
+
+@dataclass
+class Command:
+    """`paraxis ARGUMENTS`, running. Without `variables` it is what a person starts; with them, a worker of some launcher."""
+
+    arguments: Sequence[str]
+    folder: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        warm_up()
+        self._out, self._err = (self.folder / f"{kind}-{id(self)}-{time.monotonic_ns()}" for kind in ("out", "err"))
+        self._started_s = time.monotonic()
+        self.process = Forked(self._body, self._out, self._err)
+
+    def _body(self) -> int:
+        for name in OURS:
+            os.environ.pop(name, None)
+        os.environ.update(self.variables, CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")
+        os.chdir(self.folder)
+        launch._start = _start
+        return main(list(self.arguments))
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float = 60.0) -> Ended:
+        try:
+            code = self.process.wait(timeout)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self._out.read_text()}\n{self._err.read_text()}") from error
+        return Ended(code, self._out.read_text(), self._err.read_text(), time.monotonic() - self._started_s)
+
+
+def paraxis(*arguments: str, folder: Path, timeout: float = 60.0) -> Ended:
+    """Runs `paraxis ARGUMENTS` in `folder` to its end."""
+    return Command(arguments, folder).wait(timeout)
+
+
+def succeeded(ended: Ended) -> Ended:
+    assert ended.code == 0, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
+    return ended
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return lines(run / "metrics.jsonl")
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in lines(run / "events.jsonl") if event["kind"] == kind]
+
+
+def saved(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the newest checkpoint of a run remembers: its numbers, and every tensor whole."""
+    path = newest(run / "checkpoints")
+    assert path is not None, f"{run} holds no checkpoint"
+    checkpoint = open_checkpoint(path)
+    return dict(checkpoint.meta), {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """The newest checkpoints of two runs are equal, bitwise."""
+    (meta_a, tensors_a), (meta_b, tensors_b) = saved(a), saved(b)
+    assert meta_a == meta_b
+    assert tensors_a.keys() == tensors_b.keys()
+    different = [name for name in tensors_a if not torch.equal(tensors_a[name], tensors_b[name])]
+    assert not different, f"not bitwise equal: {different}"
+
+
+def assert_same_curves(a: Path, b: Path) -> None:
+    """Two runs report each step once, with bitwise the same loss and gradient norm."""
+    curve_a, curve_b = ([(m["step"], m["loss"], m["grad_norm"]) for m in metrics(run)] for run in (a, b))
+    assert [step for step, _, _ in curve_a] == list(range(1, len(curve_a) + 1))
+    assert curve_a == curve_b

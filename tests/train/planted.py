@@ -1,0 +1,118 @@
+"""A recipe whose rows misbehave where a test asks them to: `tests/train/planted.py:run --data.bad_rows=5`.
+
+On two data ranks with one row each, row 2 * (step - 1) + rank is what that rank trains on at that step.
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from paraxis.base.seams import Batch
+from paraxis.models.decoder import Decoder
+from paraxis.models.llama import LlamaConfig
+from paraxis.observe.config import MetricsConfig
+from paraxis.optim.config import OptimConfig
+from paraxis.train.config import RunConfig, TrainConfig
+
+VOCABULARY = 32
+BAD_TOKEN = 31  # a row that holds it has a loss that is not a number
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Random rows, some of which are planted."""
+
+    config: "PlantedData"
+    seed: int
+    length: int = 10
+    vocab_size: int = VOCABULARY
+    fingerprint: str = "planted"
+
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        if index in self.config.killing_rows:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index in self.config.raising_rows:
+            raise ValueError(f"row {index} cannot be read")
+        if index == self.config.signal_row:
+            os.kill(os.getppid(), self.config.signal)
+            time.sleep(0.3)  # so that the rows after it are trained on when the signal has arrived
+        tokens = np.random.default_rng((self.seed, index)).integers(0, BAD_TOKEN, self.config.seq_len + 1)
+        if index in self.config.bad_rows:
+            tokens[0] = BAD_TOKEN
+        return {"tokens_bt": tokens[:-1], "targets_bt": tokens[1:], "positions_bt": np.arange(self.config.seq_len)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantedData:
+    """What is wrong with which rows."""
+
+    seq_len: Annotated[int, "tokens in a row"] = 8
+    bad_rows: Annotated[tuple[int, ...], "rows whose loss is not a number"] = ()
+    raising_rows: Annotated[tuple[int, ...], "rows that cannot be read"] = ()
+    killing_rows: Annotated[tuple[int, ...], "rows whose reader is killed"] = ()
+    signal_row: Annotated[int, "row whose reader sends `signal` to the process that started it"] = -1
+    signal: Annotated[int, "that signal"] = 0
+
+    def rows(self, seed: int) -> Rows:
+        return Rows(self, seed)
+
+    def held_out(self) -> Rows | None:
+        return Rows(self, seed=1)
+
+
+class Poisoned(nn.Module):
+    """A decoder that is poisoned by BAD_TOKEN."""
+
+    def __init__(self, inner: Decoder, poison: float) -> None:
+        super().__init__()
+        self.inner, self.poison = inner, poison
+        self.layout = {f"inner.{pattern}": rule for pattern, rule in inner.layout.items()}
+        self.init = {f"inner.{pattern}": rule for pattern, rule in inner.init.items() if not pattern.startswith("*")} | {
+            pattern: rule for pattern, rule in inner.init.items() if pattern.startswith("*")
+        }
+        self.use_attention, self.use_head_loss, self.blocks = inner.use_attention, inner.use_head_loss, inner.blocks
+
+    def forward(self, batch: Batch) -> Tensor:
+        loss = self.inner(batch)
+        return loss * torch.where((batch.tokens_bt == BAD_TOKEN).any(), self.poison, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonedConfig:
+    """The shape of the decoder inside, and how it is poisoned."""
+
+    llama: LlamaConfig = field(default_factory=lambda: LlamaConfig(vocab_size=VOCABULARY, width=16, layers=1, heads=4, kv_heads=2, mlp_width=32))
+    poison: Annotated[float, "what the loss of a bad row is multiplied with"] = float("inf")
+    dropout: Annotated[float, "how much of the hidden state is dropped"] = 0.0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.llama.vocab_size
+
+    def build(self) -> nn.Module:
+        model = Poisoned(self.llama.build(), self.poison)
+        if self.dropout:
+            model.dropout = nn.Dropout(self.dropout)
+        return model
+
+    def flops_per_token(self, seq_len: int) -> float:
+        return self.llama.flops_per_token(seq_len)
+
+
+def run() -> RunConfig:
+    """Eight steps of a row on each data rank."""
+    return RunConfig(
+        name="planted",
+        model=PoisonedConfig(),
+        data=PlantedData(),
+        train=TrainConfig(steps=8),
+        optim=OptimConfig(lr=1e-2, warmup=0),
+        precision="fp32",
+        metrics=MetricsConfig(tensorboard=False),
+    )
