@@ -27,7 +27,8 @@ test: lint
 	$(bin)/python -m pytest -q -m "not full and not gpu"
 
 test-all: lint
-	$(bin)/python -m pytest -q -m "" --record tests/results
+	$(bin)/python -m pytest -q -m "not gpu" --record tests/results
+	$(bin)/python -m pytest -q -m gpu
 
 lint: .venv/ready-to-test
 	$(bin)/ruff check .

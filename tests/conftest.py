@@ -1,15 +1,24 @@
-"""Fixtures and options every test shares. Ranks are forked from this process, so it must stay free of threads and of CUDA."""
+"""Fixtures and options every test shares. Ranks are forked from this process, so it must stay free of threads and of CUDA.
+
+A CUDA build of torch starts threads for the GPUs it sees as soon as it runs a backward, and then cannot fork. So GPUs are hidden,
+except where GPU tests alone are asked for: `pytest -m gpu`.
+"""
 
 import os
+import sys
 
 # Before torch is imported: one thread a rank (the machine is shared), no pools of helpers that a forked rank would inherit,
 # and a way to ask for GPUs that does not initialise CUDA.
 os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",  # each of transformers' is watched by a thread
     TORCHINDUCTOR_COMPILE_THREADS="1",
     PYTORCH_NVML_BASED_CUDA_CHECK="1",
 )
+
+if "gpu" not in sys.argv:  # of `-m gpu`
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -27,7 +27,9 @@ from paraxis.cli import main
 from paraxis.resilience import launch
 from tests.worlds import warm_up
 
-RECIPES = Path(__file__).parent / "train" / "planted.py"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "tests" / "train" / "planted.py"
+SMALL = ["--model.width=32", "--model.heads=4", "--model.kv_heads=2", "--model.mlp_width=64", "--model.layers=1", "--model.vocab_size=320"]
 OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PARAXIS_STORE")
 
 
@@ -90,9 +92,11 @@ def _live(body: Callable[[], int], out: Path | None, err: Path | None) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> Any:
@@ -112,11 +116,15 @@ def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> A
 
 @dataclass
 class Command:
-    """`paraxis ARGUMENTS`, running. Without `variables` it is what a person starts; with them, a worker of some launcher."""
+    """`paraxis ARGUMENTS`, running. Without `variables` it is what a person starts; with them, a worker of some launcher.
+
+    `before` is called in the new process first.
+    """
 
     arguments: Sequence[str]
     folder: Path
     variables: Mapping[str, str] = field(default_factory=dict)
+    before: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         warm_up()
@@ -130,7 +138,15 @@ class Command:
         os.environ.update(self.variables, CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")
         os.chdir(self.folder)
         launch._start = _start
+        if self.before is not None:
+            self.before()
         return main(list(self.arguments))
+
+    def until_written(self, path: Path) -> None:
+        """Waits until there is something in the file `path`."""
+        while not (path.exists() and path.stat().st_size):
+            assert self.process.poll() is None, self.wait()
+            time.sleep(0.01)
 
     def send(self, number: int) -> None:
         os.kill(self.process.pid, number)
@@ -143,14 +159,30 @@ class Command:
         return Ended(code, self._out.read_text(), self._err.read_text(), time.monotonic() - self._started_s)
 
 
-def paraxis(*arguments: str, folder: Path, timeout: float = 60.0) -> Ended:
+def paraxis(*arguments: str, folder: Path, before: Callable[[], None] | None = None, timeout: float = 60.0) -> Ended:
     """Runs `paraxis ARGUMENTS` in `folder` to its end."""
-    return Command(arguments, folder).wait(timeout)
+    return Command(arguments, folder, before=before).wait(timeout)
+
+
+def refusal(ended: Ended, code: int) -> str:
+    """The one message of a command that ended with `code`: a line on stderr, which is the last, and no traceback."""
+    assert ended.code == code, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
+    *others, last = ended.err.splitlines()
+    assert last.startswith("paraxis: error: "), ended.err
+    assert not [line for line in others if "error" in line.lower() or "Traceback" in line], ended.err
+    return last
 
 
 def succeeded(ended: Ended) -> Ended:
     assert ended.code == 0, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
     return ended
+
+
+def fresh_environment(**variables: str) -> dict[str, str]:
+    """The variables of a process that is not forked from this one: it finds the checkout, and no GPU."""
+    mine = {name: value for name, value in os.environ.items() if name not in OURS}
+    here = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    return {**mine, **here, **variables}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from paraxis.base.errors import ConfigError
 
 _STORE = "PARAXIS_STORE"
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+_EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -68,7 +70,7 @@ def worker_variables(rank: int, ranks: int, store_path: Path) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": _LOOPBACK,
     }
     # Without a limit every rank starts a thread on every core.
-    variables.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
     return variables
 
 
@@ -79,11 +81,22 @@ def allow_deterministic_kernels() -> None:
 
 def prefer_expandable_segments() -> None:
     """Lets the CUDA allocator grow its segments, which fragments less; only before this process first uses CUDA."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if not _ALLOCATOR & os.environ.keys():
+        os.environ.update(_EXPANDABLE)
 
 
-def _cores() -> int:
+def peer_variables(site: Path | None) -> dict[str, str]:
+    """This process's environment for another training system, whose modules are looked for in the folder `site` first.
+
+    Its allocator is set as ours is, unless the environment already says how.
+    """
+    python_path = os.pathsep.join(filter(None, [str(site or ""), os.environ.get("PYTHONPATH", "")]))
+    allocator = {} if _ALLOCATOR & os.environ.keys() else _EXPANDABLE
+    return {**os.environ, **allocator, "PYTHONUNBUFFERED": "1", **({"PYTHONPATH": python_path} if python_path else {})}
+
+
+def cores() -> int:
+    """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -16,6 +16,7 @@ class ParaxisError(Exception):
     """Something a person can act on; the command line prints its message without a traceback."""
 
     exit_code = 1
+    said: bool | None = None  # whether another rank says the same; None where the ranks could not agree on who does
 
 
 class ConfigError(ParaxisError):

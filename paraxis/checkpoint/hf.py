@@ -64,15 +64,12 @@ class HuggingFaceWeights:
         return found
 
     def read(self, name: str) -> Tensor:
-        """The tensor called `name`, on CPU, backed by its mapped file: it becomes resident as it is used."""
-        return self._open(self._where[name]).get_tensor(name)
+        """The tensor called `name`, on CPU. It has a mapping of its file to itself: what is resident of that goes when the tensor goes."""
+        return _mapped(self._where[name]).get_tensor(name)
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
-            try:
-                self._files[path] = safe_open(path, "pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} is missing or not a whole safetensors file: {error}") from error
+            self._files[path] = _mapped(path)
         return self._files[path]
 
     def _find(self) -> dict[str, Path]:
@@ -101,6 +98,13 @@ class HuggingFaceWeights:
         return {name: self.source / file for name, file in weight_map.items()}
 
 
+def _mapped(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is missing or not a whole safetensors file: {error}") from error
+
+
 def import_hf(
     source: Path,
     keys: KeyTable,
@@ -118,7 +122,7 @@ def import_hf(
     if (destination / "step-0").exists():
         raise CheckpointError(f"{destination / 'step-0'} exists; import into another folder, or remove it first")
     weights = HuggingFaceWeights(source)
-    theirs = _matched(weights, keys, expected)
+    theirs = matched(weights, keys, expected)
     parts = []
     for name, shape in expected.items():
         stored = weights.tensors[theirs[name]][1]
@@ -127,7 +131,7 @@ def import_hf(
     return save_parts(destination, 0, parts, meta, files, OneProcess(), layout="", keep_last=KEEP_LEAST)
 
 
-def _matched(weights: HuggingFaceWeights, keys: KeyTable, expected: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def matched(weights: HuggingFaceWeights, keys: KeyTable, expected: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Their name of each of our parameters, once every tensor on either side has its counterpart of the same shape."""
     theirs = _renamed(keys, expected)
     have = weights.tensors

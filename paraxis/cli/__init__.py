@@ -17,6 +17,10 @@ from paraxis.resilience.launch import leave_words
 # Name to the module whose `run(arguments) -> exit code` it is, and a line for --help.
 COMMANDS = {
     "train": ("paraxis.cli.train", "train a recipe on this machine, or as a worker of torchrun or Slurm"),
+    "eval": ("paraxis.cli.eval", "score text with a checkpoint: loss, perplexity, tokens"),
+    "generate": ("paraxis.cli.generate", "continue a text with a checkpoint"),
+    "convert": ("paraxis.cli.convert", "Hugging Face weights to a checkpoint, and back"),
+    "bench": ("paraxis.cli.bench", "measure training steps, other systems beside them"),
 }
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -37,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(error: Exception, trace: bool) -> None:
     """Says `error` once for all ranks: through the launcher whose worker we are, else on stderr.
 
-    Under torchrun and Slurm no process of ours sees all ranks; there, what every rank meets is said once a host.
+    Under torchrun and Slurm no process of ours sees all ranks. There they agree on who says what several of them meet, or, if it
+    happens before they have met, each host says it once.
     """
     try:
         env = read_environment()
@@ -55,7 +60,11 @@ def _report(error: Exception, trace: bool) -> None:
         words = traceback.format_exc() + words
     if env is not None and env.store_path is not None:
         leave_words(env.store_path, env.rank, words)
-    elif env is None or env.local_rank == 0 or not alike:
+        return
+    said = error.said if isinstance(error, ParaxisError) else None
+    if said is None:
+        said = alike and env is not None and env.local_rank > 0
+    if not said:
         print(words, file=sys.stderr)
 
 

@@ -1,6 +1,5 @@
 """`paraxis train`: starts the local workers of a run, or is one of them."""
 
-import os
 import shutil
 import sys
 import textwrap
@@ -11,11 +10,14 @@ from pathlib import Path
 
 from paraxis.base.axes import Degrees
 from paraxis.base.config import Setting, describe, flatten, redact, suggestion, to_toml
-from paraxis.base.env import Environment, read_environment
+from paraxis.base.env import Environment, cores, read_environment
 from paraxis.base.errors import ConfigError
 from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
+from paraxis.cli.end_of_run import show_end
+from paraxis.cli.output import show
 from paraxis.resilience.launch import launch
 
+CPU_SHARDS = 2  # what fsdp=-1 means without GPUs: more processes help no laptop
 OPTIONS = ("ranks", "run-dir", "resume")
 FLAGS = ("print-config", "debug", "help")
 RESUME = ("auto", "never", "must")
@@ -28,7 +30,7 @@ names one (base = "...") and changes settings. Any setting of the recipe is an o
 Alone, the command starts its own workers; under torchrun or Slurm's srun it is one of theirs.
 
   --ranks N        workers to start (default: as many as the parallel degrees need; with parallel.fsdp=-1
-                   every GPU of this machine)
+                   every GPU of this machine, or two CPU processes for the shards)
   --run-dir DIR    where the run is kept (default: runs/NAME)
   --resume WHEN    auto: continue if the folder holds a checkpoint (default); must: continue or refuse;
                    never: refuse a folder that holds one
@@ -67,17 +69,22 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
     resume = one_of("resume", parsed.options.get("resume", "auto"), RESUME)
     config, base = find(recipe, _known(parsed.settings, recipe))
     if "help" in parsed.flags:
-        _show(settings_help(recipe, describe(config)))
+        show(settings_help(recipe, describe(config)))
         return 0
     if "print-config" in parsed.flags:
-        _show(to_toml(config, base).rstrip())
+        show(to_toml(config, base).rstrip())
         return 0
     env = read_environment()
     ranks = choose_ranks(parsed.options.get("ranks"), config.parallel.degrees, env)
+    check(config, ranks)
+    run_dir = Path(parsed.options.get("run-dir", f"runs/{config.name}"))
     if ranks > 1 and not env.is_worker:
-        check(config, ranks)
-        return launch([sys.executable, "-m", "paraxis", "train", *arguments], ranks)
-    run_worker(config, base=base, run_dir=Path(parsed.options.get("run-dir", f"runs/{config.name}")), resume=resume)
+        if code := launch([sys.executable, "-m", "paraxis", "train", *arguments], ranks):
+            return code
+    else:
+        run_worker(config, base=base, run_dir=run_dir, resume=resume)
+    if not env.is_worker:
+        show_end(config, run_dir)
     return 0
 
 
@@ -98,8 +105,7 @@ def _known(settings: dict[str, object], recipe: str) -> dict[str, object]:
 def choose_ranks(requested: str | None, degrees: Degrees, env: Environment) -> int:
     """How many ranks the run has: those of the launcher we are under, else `--ranks`, else what the degrees need.
 
-    With `fsdp=-1` that is every GPU of this machine, or the fewest CPU processes that the other degrees allow. Raises
-    ConfigError where `--ranks` contradicts the launcher, or exceeds this machine's GPUs.
+    With `fsdp=-1` that is every GPU of this machine, or CPU processes for two shards. Raises ConfigError where `--ranks` contradicts the launcher, or exceeds this machine's GPUs.
     """
     from paraxis.parallel.world import visible_devices
 
@@ -110,8 +116,7 @@ def choose_ranks(requested: str | None, degrees: Degrees, env: Environment) -> i
         return env.world_size
     devices = visible_devices()
     if ranks is None:
-        fewest = replace(degrees, fsdp=abs(degrees.fsdp)).ranks
-        ranks = devices or fewest if degrees.fsdp == -1 else fewest
+        ranks = devices or replace(degrees, fsdp=min(cores(), CPU_SHARDS)).ranks if degrees.fsdp == -1 else degrees.ranks
     if devices and ranks > devices:
         raise ConfigError(
             f"{ranks} ranks need as many GPUs, but this machine shows {devices}; lower --ranks or the parallel degrees, "
@@ -138,11 +143,3 @@ def _spelled(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_spelled, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _show(text: str) -> None:
-    """Prints what may be longer than its reader wants: `| head` is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush it at its end

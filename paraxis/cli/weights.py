@@ -1,10 +1,11 @@
-"""Opening the CKPT of a command: a checkpoint of ours, the newest of a run, or a Hugging Face folder.
+"""Opening the CKPT of a command: a checkpoint of ours, the newest one of a run, or a Hugging Face folder.
 
 Nothing in a checkpoint is run. A model that we know by name is built from its record; one that a recipe brought is built by the
 recipe that the user names, because a checkpoint must never name code to run.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,32 +20,37 @@ from paraxis.base.keys import KeyTable
 from paraxis.checkpoint.hf import MODEL, HuggingFaceWeights, matched
 from paraxis.checkpoint.load import Checkpoint, newest, open_checkpoint
 from paraxis.checkpoint.manifest import MANIFEST
-from paraxis.data.tokens import Tokenizer, read_json
+from paraxis.data.tokens import Tokenizer
 from paraxis.models.registry import from_hf, from_record
 from paraxis.recipes.find import find
 
-# How a checkpoint of ours names what it carries beside the tensors.
+# How a checkpoint of ours names the files that it carries beside the tensors.
 TOKENIZER = "tokenizer/"
 HUGGING_FACE = "hugging_face/"
-HF_CONFIG = HUGGING_FACE + "config.json"
+HF_CONFIG = f"{HUGGING_FACE}config.json"
 
-# What a Hugging Face folder may say about its tokenizer and about generation; all of it is carried unread.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-_MODEL_FILES = ("config.json", "generation_config.json")
+# Those of a Hugging Face folder that are carried, where they are there.
+_FROM_HF = {
+    TOKENIZER: (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+    ),
+    HUGGING_FACE: ("config.json", "generation_config.json"),
+}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model on disk. `config` builds it; `files` stand under the names that a checkpoint of ours gives them, for either kind."""
+    """A model on disk: where its tensors are, the configuration that builds it, and the files that came with it.
+
+    `files` have the names that a checkpoint of ours gives them, whichever kind `source` is.
+    """
 
     source: Checkpoint | HuggingFaceWeights
     config: Any
@@ -55,48 +61,157 @@ class Weights:
         return self.source.path if isinstance(self.source, Checkpoint) else self.source.source
 
     @cached_property
-    def parameters(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter, by our name."""
-        return {name: tuple(parameter.shape) for name, parameter in self._blank().named_parameters()}
+    def _blank(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.config.build()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by our name for it."""
+        return {name: tuple(parameter.shape) for name, parameter in self._blank.named_parameters()}
 
     @property
     def keys(self) -> KeyTable:
-        """Our names beside Hugging Face's. Raises ConfigError where the recipe's model has no such table."""
-        keys = getattr(self._blank(), "keys", None)
+        """Our names beside Hugging Face's. Raises ConfigError where a recipe's model does not say."""
+        keys = getattr(self._blank, "keys", None)
         if not isinstance(keys, Mapping):
             raise ConfigError(
-                f"{type(self.config).__name__} builds a model without a key table, so its weights have no Hugging Face names; "
-                "give the model an attribute `keys` (see paraxis/base/keys.py)"
+                f"{type(self._blank).__name__} has no key table, so its weights have no Hugging Face names; "
+                "give the model an attribute keys, a dict from its parameters' names to theirs"
             )
         return keys
 
     @property
+    def trained_seq_len(self) -> int | None:
+        """The tokens of a row that the model was trained with; None where that is not recorded."""
+        return self.source.meta.get("data", {}).get("seq_len") if isinstance(self.source, Checkpoint) else None
+
+    @property
     def hf_config(self) -> dict[str, Any]:
-        """The `config.json` that came with the weights; empty where none did."""
-        return read_json(self.files.get(HF_CONFIG), f"{self.path}: {HF_CONFIG}")
+        """The config.json that came with the weights; empty where none did."""
+        return _config_json(self.files, self.path)
 
     def load(self, device: Device, dtype: torch.dtype) -> nn.Module:
-        """The model on `device`, its floating-point weights rounded once to `dtype`, ready to predict."""
-        model = self._blank().to(dtype).to_empty(device=device.torch)
-        parameters = dict(model.named_parameters())
+        """The model on `device`, its weights rounded once to `dtype`, ready to predict. Raises CheckpointError where they do not fit."""
+        read = self._reader()
+        with torch.device("meta"):
+            model = self.config.build().to(dtype)
+        model.to_empty(device=device.torch)
         with torch.no_grad():
-            for name, tensor in self._tensors(parameters):
-                parameters[name].copy_(tensor) if isinstance(tensor, Tensor) else None
+            for name, parameter in model.named_parameters():
+                read(name, parameter)
         return model.eval()
 
-    def tokenizer(self, given: str | None = None) -> Tokenizer:
-        """The tokenizer that the weights came with, or the one at `given`. Raises DataError where there is none."""
+    def _reader(self) -> Callable[[str, Tensor], object]:
+        """What fills a tensor with the parameter of a name."""
+        source = self.source
+        if isinstance(source, HuggingFaceWeights):
+            theirs = matched(source, self.keys, self.shapes)
+            return lambda name, out: out.copy_(source.read(theirs[name]))
+        check_fits(source, self.shapes)
+        return lambda name, out: source.read(MODEL + name, out=out)
+
+    def tokenizer(self, given: str | None) -> Tokenizer:
+        """The tokenizer at the path `given`, or else the one that came with the weights.
+
+        Raises DataError where there is none, and ConfigError for one with more entries than the model.
+        """
+        carried = {name.removeprefix(TOKENIZER): data for name, data in self.files.items() if name.startswith(TOKENIZER)}
         if given is not None:
             tokenizer = Tokenizer.load(given)
+        elif "tokenizer.json" in carried:
+            config = {"config.json": self.files[HF_CONFIG]} if HF_CONFIG in self.files else {}
+            tokenizer = Tokenizer.from_files({**carried, **config}, name=f"the tokenizer of {self.path}")
         else:
-            carried = {name.removeprefix(TOKENIZER): data for name, data in self.files.items() if name.startswith(TOKENIZER)}
-            if "tokenizer.json" not in carried:
-                raise DataError(f"{self.path} holds no tokenizer.json; name its tokenizer with --tokenizer=FOLDER")
-            known = {"config.json": self.files[HF_CONFIG]} if HF_CONFIG in self.files else {}
-            tokenizer = Tokenizer.from_files({**known, **carried}, name=f"{self.path}: tokenizer.json")
+            raise DataError(f"{self.path} holds no tokenizer (tokenizer.json); name one: --tokenizer=FOLDER")
         if tokenizer.vocab_size > self.config.vocab_size:
             raise ConfigError(
-                f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} entries, but the model in {self.path} only "
-                f"{self.config.vocab_size}: they do not belong together; name the right one with --tokenizer=FOLDER"
+                f"{tokenizer.name} has {tokenizer.vocab_size} entries, but the model in {self.path} only {self.config.vocab_size}, "
+                "so they do not belong together; name the model's own: --tokenizer=FOLDER"
             )
         return tokenizer
+
+    def stop_ids(self, tokenizer: Tokenizer) -> set[int]:
+        """The tokens that end a text: the tokenizer's own, and those that config.json names."""
+        named = self.hf_config.get("eos_token_id")
+        ids = {tokenizer.eos_id, *(named if isinstance(named, list) else [named])}
+        return {token for token in ids if isinstance(token, int)}
+
+
+def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError where `checkpoint` does not hold every parameter of the model in its shape."""
+    for name, shape in shapes.items():
+        stored = checkpoint.tensors.get(MODEL + name)
+        if stored is None or stored.shape != shape:
+            found = "is not there" if stored is None else f"has shape {stored.shape}"
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} {found}, but the model needs it in shape {shape}; give the recipe that it was trained "
+                "with, as --recipe=my.py:function or, with the settings of the run, --recipe=RUN_DIR/config.toml"
+            )
+
+
+def recipe_model(recipe: str | None) -> Any:
+    """The model's configuration in `recipe`; None where none is named."""
+    return None if recipe is None else find(recipe)[0].model
+
+
+def open_weights(path: Path, config: Any = None) -> Weights:
+    """What `path` holds: a checkpoint of ours, a run's or its checkpoints folder (the newest), or Hugging Face weights.
+
+    `config` builds the model where it is given, instead of what the weights say of themselves. Raises CheckpointError for what
+    is missing, foreign or damaged, and ConfigError for a model that has to be given.
+    """
+    if (checkpoint := _ours(path)) is not None:
+        files = {name: checkpoint.file(name) for name in checkpoint.manifest.files if name.startswith((TOKENIZER, HUGGING_FACE))}
+        return Weights(checkpoint, _recorded(checkpoint) if config is None else config, files)
+    weights = HuggingFaceWeights(path)
+    beside = {prefix + name: path / name for prefix, names in _FROM_HF.items() for name in names}
+    files = {name: file.read_bytes() for name, file in beside.items() if file.is_file()}
+    if config is None:
+        if HF_CONFIG not in files:
+            raise CheckpointError(
+                f"{path} holds no config.json, which says what model it is; get it, or name a recipe: --recipe=my.py:function"
+            )
+        config = from_hf(_config_json(files, path))
+    return Weights(weights, config, files)
+
+
+def _ours(path: Path) -> Checkpoint | None:
+    """The checkpoint of ours that `path` stands for, or None where it holds Hugging Face weights instead."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}; give a checkpoint such as runs/NAME/checkpoints/step-100, a run's folder, or a Hugging Face folder"
+        )
+    if (path / MANIFEST).exists():
+        return open_checkpoint(path)
+    for folder in (path / "checkpoints", path):
+        if (found := newest(folder)) is not None:
+            return open_checkpoint(found)
+    if any(file.name.startswith(("config.json", "model.", "model-", "pytorch_model")) for file in path.iterdir()):
+        return None
+    raise CheckpointError(
+        f"{path} holds neither a complete paraxis checkpoint ({MANIFEST}) nor a Hugging Face model (config.json, model.safetensors); "
+        "give a checkpoint such as runs/NAME/checkpoints/step-100, a run's folder, or a Hugging Face folder"
+    )
+
+
+def _recorded(checkpoint: Checkpoint) -> Any:
+    """The model's configuration as the checkpoint records it."""
+    record = checkpoint.meta.get("model")
+    if not isinstance(record, Mapping):
+        raise ConfigError(
+            f"{checkpoint.path} holds the model of a recipe, and a checkpoint never names code to run; "
+            "name the recipe: --recipe=my.py:function or, with the settings of the run, --recipe=RUN_DIR/config.toml"
+        )
+    return from_record(record)
+
+
+def _config_json(files: Mapping[str, bytes], path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(files.get(HF_CONFIG, b"{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: config.json is not valid JSON ({error}); get it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: config.json holds a {type(value).__name__}, not an object; get it again")
+    return value

@@ -46,6 +46,7 @@ class LlamaConfig:
     tied: Annotated[bool, "use the embedding as the vocabulary projection too"] = False
     max_seq_len: Annotated[int, "positions the model is made for; written into Hugging Face's config"] = 8192
     init_std: Annotated[float, "standard deviation of the first weights; those that add to the residual stream start narrower"] = 0.02
+    embed_std: Annotated[float, "standard deviation of the first embedding"] = 0.02
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width", "max_seq_len"):
@@ -61,8 +62,9 @@ class LlamaConfig:
             )
         if self.head_width < 2 or self.head_width % 2:
             raise ConfigError(f"heads of width {self.head_width} have no pairs to rotate; make model.head_size (or width / heads) even")
-        if self.norm_eps <= 0 or self.init_std <= 0:
-            raise ConfigError(f"model.norm_eps={self.norm_eps} and model.init_std={self.init_std} must be over 0")
+        for name in ("norm_eps", "init_std", "embed_std"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be over 0")
 
     @property
     def head_width(self) -> int:
@@ -116,7 +118,7 @@ def build_llama(config: LlamaConfig) -> Decoder:
         norm_eps=config.norm_eps,
         rope=config.rope,
         tied=config.tied,
-        init={"*.o_proj.weight": narrow, "*.down_proj.weight": narrow, "*_proj.weight": wide, "embed.weight": wide, "head.weight": wide},
+        init={"*.o_proj.weight": narrow, "*.down_proj.weight": narrow, "*_proj.weight": wide, "embed.weight": Normal(config.embed_std), "head.weight": wide},
         keys=KEYS,
     )
 

@@ -43,6 +43,16 @@ class RunFolder:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
+    def write_config(self, text: str) -> None:
+        """Replaces `config.toml`, whole or not at all. Raises StorageError when it cannot be written."""
+        draft = self.config_file.with_suffix(".tmp")
+        try:
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, self.config_file)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise _unwritable(self.path, error) from error
+
     def hold(self) -> "RunLock":
         """Creates the folder and keeps every other process from holding it, until the lock is released or this process ends.
 

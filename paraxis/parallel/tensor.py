@@ -7,7 +7,7 @@ Source: Shoeybi et al. 2019 (Megatron-LM); Korthikanti et al. 2022, section 4.2.
 """
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,9 +46,9 @@ def _adapt(module: nn.Module, name: str, where: Placed, group: dist.ProcessGroup
         module.out_features = where.computed.sizes[0]  # each rank makes its own outputs; nothing else changes
     elif isinstance(module, nn.Linear) and where.split.dim == 1:
         module.in_features = where.computed.sizes[1]
-        module.forward = types.MethodType(_SummedLinear(group), module)
+        module.forward = types.MethodType(_summed_linear(group), module)
     elif isinstance(module, nn.Embedding) and where.split.dim == 0:
-        module.forward = types.MethodType(_VocabularyEmbedding(group, where.computed.offsets[0]), module)
+        module.forward = types.MethodType(_vocabulary_embedding(group, where.computed.offsets[0]), module)
     elif isinstance(module, nn.Linear | nn.Embedding):
         raise ConfigError(
             f"the layout table splits {name}.weight along dimension {where.split.dim}, which {type(module).__name__} "
@@ -76,25 +76,23 @@ class _KeepOwnPositions:
         return own_positions(output, self.rank, self.ranks)
 
 
-class _SummedLinear:
+def _summed_linear(group: dist.ProcessGroup) -> Callable[[nn.Linear, Tensor], Tensor]:
     """Forward of a linear layer that holds a part of the input features: partial outputs summed, own positions kept."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def __call__(self, layer: nn.Linear, x_bti: Tensor) -> Tensor:
-        y_bto = sum_and_scatter_sequence(F.linear(x_bti, layer.weight), self.group)
+    def forward(layer: nn.Linear, x_bti: Tensor) -> Tensor:
+        y_bto = sum_and_scatter_sequence(F.linear(x_bti, layer.weight), group)
         return y_bto if layer.bias is None else y_bto + layer.bias
 
+    return forward
 
-class _VocabularyEmbedding:
+
+def _vocabulary_embedding(group: dist.ProcessGroup, first: int) -> Callable[[nn.Embedding, Tensor], Tensor]:
     """Forward of an embedding that holds the vocabulary rows from `first` on; tokens elsewhere add zero."""
 
-    def __init__(self, group: dist.ProcessGroup, first: int) -> None:
-        self.group, self.first = group, first
-
-    def __call__(self, layer: nn.Embedding, tokens_bt: Tensor) -> Tensor:
-        row_bt = tokens_bt - self.first
+    def forward(layer: nn.Embedding, tokens_bt: Tensor) -> Tensor:
+        row_bt = tokens_bt - first
         elsewhere_bt = (row_bt < 0) | (row_bt >= layer.weight.shape[0])
         x_btm = F.embedding(row_bt.masked_fill(elsewhere_bt, 0), layer.weight)
-        return sum_and_scatter_sequence(x_btm.masked_fill(elsewhere_bt.unsqueeze(-1), 0), self.group)
+        return sum_and_scatter_sequence(x_btm.masked_fill(elsewhere_bt.unsqueeze(-1), 0), group)
+
+    return forward

@@ -15,6 +15,13 @@ from paraxis.base.env import Environment
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=10)  # compilation and the first collectives of large worlds take their time
 STEP_TIMEOUT = timedelta(minutes=5)  # afterwards a silent peer is a dead one
+LOST_PEER = (  # how gloo and NCCL say that a connection has ended
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
 EXCHANGE_TIMEOUT = timedelta(hours=12)  # one rank may tokenise a corpus while the others wait
 
 
@@ -79,8 +86,11 @@ class World:
         self.broadcast_json(None)
 
     def claim(self, what: str) -> bool:
-        """True on exactly one of the ranks that ask: the one that may speak."""
-        return self.store.add(f"paraxis/claim/{what}", 1) == 1
+        """True on exactly one of the ranks that ask, the one that may speak; on all once the store, a rank's own, has gone with it."""
+        try:
+            return self.store.add(f"paraxis/claim/{what}", 1) == 1
+        except dist.DistNetworkError:
+            return True
 
     def expect_quick_steps(self) -> None:
         """Shortens the collectives' timeout once the first step is over."""
@@ -116,6 +126,11 @@ def join(env: Environment) -> World:
         device_id=device.torch if device.is_cuda else None,
     )
     return World(env.rank, env.world_size, env.local_rank, device, dist.PrefixStore("exchange", store))
+
+
+def peer_is_lost(error: BaseException) -> bool:
+    """Whether `error` says that another rank has gone, rather than that this one is at fault. torch has one type for the store alone."""
+    return isinstance(error, dist.DistNetworkError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER))
 
 
 def leave() -> None:

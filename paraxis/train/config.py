@@ -23,6 +23,7 @@ class TrainConfig:
     micro_batch: Annotated[int, "rows a data rank puts through the model at a time"] = 1
     deterministic: Annotated[bool, "use deterministic kernels only, and refuse operators that have none"] = False
     bad_steps: Annotated[int, "stop after this many steps in a row whose loss or gradient was not finite (each is skipped)"] = 5
+    sample: Annotated[str, "prompt to continue at the end of the run; empty for none"] = ""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("micro_batch", 1), ("global_tokens", 0), ("bad_steps", 1)):

@@ -44,8 +44,15 @@ def train(run: Run, record: Record, profile: Profile, save: Save, stop: StopRequ
                 batches = [batch.to(device) for batch in next(loader)]
             lr = learning_rate(run.config.optim, run.step, total)
             report = train_step(
-                run.model, run.shards, batches, run.optimizer, run.mesh, lr=lr, max_norm=run.config.optim.clip_norm,
-                each_micro_batch=run.strategy.reduce_each_micro_batch, said=said(run.world, bool(stop.reason), clock.waited_s),
+                run.model,
+                run.shards,
+                batches,
+                run.optimizer,
+                run.mesh,
+                lr=lr,
+                max_norm=run.config.optim.clip_norm,
+                each_micro_batch=run.strategy.reduce_each_micro_batch,
+                said=said(run.world, bool(stop.reason), clock.waited_s),
             )
             run.step, run.row = run.step + 1, loader.cursor
             run.tokens += run.rows_per_step * run.config.data.seq_len

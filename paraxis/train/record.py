@@ -18,10 +18,10 @@ log = logging.getLogger("paraxis")
 
 
 class Record:
-    """The run folder's files and the terminal, as seen from one rank. On ranks other than 0 every method does nothing."""
+    """The run folder's files and the terminal, as seen from one rank. On other ranks only `failure` does anything."""
 
     def __init__(self, folder: RunFolder, world: World, config: MetricsConfig, *, total: int, done: int) -> None:
-        self._world = world
+        self._folder, self._world = folder, world
         self._speaks = world.first
         if self._speaks:
             self._progress = show_progress(total, done)
@@ -34,11 +34,18 @@ class Record:
             self._progress.say(text)
 
     def event(self, kind: EventKind, reason: str, *, step: int | None = None, **fields: object) -> None:
-        """A line for events.jsonl; warnings and failures are shown too."""
+        """A line for events.jsonl; warnings are shown too."""
         if self._speaks:
             self._events.write(kind, reason, step=step, **fields)
-            if kind in ("warning", "failure"):
+            if kind == "warning":
                 self._progress.say(f"{kind}: {reason}")
+
+    def failure(self, reason: str, step: int, *, shared: bool) -> None:
+        """A line for events.jsonl about what ends the run, from the rank it happened on; from rank 0 where it is `shared` by all."""
+        if self._speaks or not shared:
+            events = EventLog(self._folder.events_file, self._world.rank)
+            events.write("failure", reason, step=step)
+            events.close()
 
     def step(self, step: int, report: StepReport, timed: StepTime, values: Mapping[str, float | int | None]) -> None:
         """The numbers of a finished step."""

@@ -3,7 +3,6 @@
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -75,8 +74,10 @@ def check(config: RunConfig, ranks: int) -> None:
     degrees = config.parallel.degrees.filling(ranks)
     config.rows_per_step(degrees)
     if config.data.seq_len % degrees.tp:
-        raise ConfigError(f"data.seq_len={config.data.seq_len} is not a multiple of parallel.tp={degrees.tp}, "
-                          f"which splits every row along the sequence; change either")
+        raise ConfigError(
+            f"data.seq_len={config.data.seq_len} is not a multiple of parallel.tp={degrees.tp}, "
+            f"which splits every row along the sequence; change either"
+        )
     with torch.device("meta"):
         model = config.model.build()
     check_heads(config, degrees.tp)
@@ -89,8 +90,10 @@ def check_heads(config: RunConfig, tp: int) -> None:
     for field in ("heads", "kv_heads"):
         heads = getattr(config.model, field, None)
         if isinstance(heads, int) and heads % tp:
-            raise ConfigError(f"model.{field}={heads} is not divisible by parallel.tp={tp}; "
-                              f"use a degree that divides it: {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}")
+            raise ConfigError(
+                f"model.{field}={heads} is not divisible by parallel.tp={tp}; "
+                f"use a degree that divides it: {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}"
+            )
 
 
 def dropout_of(model: nn.Module) -> str | None:
@@ -151,8 +154,3 @@ def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None)
         world.device,
     )
     return Run(config, strategy, mesh, model, shards, optimizer, rows, held_out, config.rows_per_step(strategy.degrees))
-
-
-def run_folder(config: RunConfig, given: str | None) -> Path:
-    """The folder a run leaves behind: as given, else runs/NAME."""
-    return Path(given) if given else Path("runs") / config.name

@@ -40,8 +40,15 @@ class Settlement:
         run = self._run
         tokens = run.rows_per_step * run.config.data.seq_len
         pace = speed(tokens, timed, run.world, run.strategy, run.flops_per_token)
-        values = {"lr": lr, "tokens": step * tokens, "targets": report.targets, **pace, "memory_gib": report.memory_gib,
-                  "skipped": int(not report.finite), "skipped_records": run.skipped_records}
+        values = {
+            "lr": lr,
+            "tokens": step * tokens,
+            "targets": report.targets,
+            **pace,
+            "memory_gib": report.memory_gib,
+            "skipped": int(not report.finite),
+            "skipped_records": run.skipped_records,
+        }
         self._record.step(step, report, timed, values)
 
     def _skipped(self, step: int, report: StepReport) -> None:
@@ -50,7 +57,8 @@ class Settlement:
             "warning",
             f"step {step}: loss or gradient is not finite (loss {report.loss}, gradient norm {report.grad_norm}, "
             f"first seen on rank {ranks}); the update was skipped on all ranks",
-            step=step, ranks=report.bad_ranks,
+            step=step,
+            ranks=report.bad_ranks,
         )
         if self._bad >= self._run.config.train.bad_steps:
             raise TrainingError(

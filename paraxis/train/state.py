@@ -70,29 +70,42 @@ def save_run(run: Run, folder: Path, files: Mapping[str, bytes]) -> Path:
     )
 
 
-def restore_run(run: Run, checkpoint: Checkpoint) -> None:
-    """Continues `run` from what `checkpoint` holds. Raises CheckpointError where it belongs to another model, optimizer or data."""
+def refuse_foreign(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where `checkpoint` is of another model, optimizer, seed or data, or holds weights alone."""
     held = checkpoint.meta
-    _refuse_other(checkpoint, "train.seed", held["seed"], run.config.train.seed)
-    _refuse_other(checkpoint, "optim.name", held["optimizer"]["name"], run.config.optim.name)
-    _refuse_other(checkpoint, "data.seq_len", held["data"]["seq_len"], run.config.data.seq_len)
-    _refuse_other(checkpoint, "the data's fingerprint", held["data"]["fingerprint"], run.rows.fingerprint)
-    own = [piece for piece in pieces(run) if not piece.name.startswith("random/")]
-    for piece in own:
+    if "optimizer" not in held:
+        raise CheckpointError(f"{checkpoint.path} holds weights but no state of a run, so it cannot be resumed; start in another --run-dir")
+    for what, saved, now in (
+        ("train.seed", held["seed"], run.config.train.seed),
+        ("optim.name", held["optimizer"]["name"], run.config.optim.name),
+        ("data.seq_len", held["data"]["seq_len"], run.config.data.seq_len),
+        ("the data's fingerprint", held["data"]["fingerprint"], run.rows.fingerprint),
+    ):
+        if saved != now:
+            raise CheckpointError(
+                f"{checkpoint.path} was saved with {what} = {saved}, but this run has {now}; use the same, or start in another --run-dir"
+            )
+    for piece in _restored(run):
         stored = checkpoint.tensors.get(piece.name)
         if stored is None or tuple(stored.shape) != piece.shape:
             found = "no such tensor" if stored is None else f"shape {tuple(stored.shape)}"
-            raise CheckpointError(f"{checkpoint.path} has {found} for {piece.name}, which this model needs in shape {piece.shape}; "
-                                  f"resume with the recipe it was saved from, or start in another --run-dir")
-    for piece in own:
+            raise CheckpointError(
+                f"{checkpoint.path} has {found} for {piece.name}, which this model needs in shape {piece.shape}; "
+                f"resume with the recipe it was saved from, or start in another --run-dir"
+            )
+
+
+def restore_run(run: Run, checkpoint: Checkpoint) -> None:
+    """Continues `run` from what `checkpoint` holds, once `refuse_foreign` has passed it. Raises CheckpointError where it is damaged."""
+    for piece in _restored(run):
         checkpoint.read(piece.name, piece.box, out=piece.tensor)
     for name in _random_states(run).keys() & checkpoint.tensors.keys():
         (torch.set_rng_state if name == "random/cpu" else torch.cuda.set_rng_state)(checkpoint.read(name))
+    held = checkpoint.meta
     run.optimizer.load_counters(held["optimizer"]["counters"])
     run.step, run.tokens, run.row = held["step"], held["tokens"], held["row"]
 
 
-def _refuse_other(checkpoint: Checkpoint, what: str, saved: object, now: object) -> None:
-    if saved != now:
-        raise CheckpointError(f"{checkpoint.path} was saved with {what} = {saved}, but this run has {now}; "
-                              f"use the same, or start in another --run-dir")
+def _restored(run: Run) -> Iterator[Piece]:
+    """The pieces that every checkpoint of this run has, whatever its layout was."""
+    return (piece for piece in pieces(run) if not piece.name.startswith("random/"))

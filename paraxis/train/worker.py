@@ -3,8 +3,9 @@
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,97 +14,107 @@ import torch
 
 from paraxis.base.config import to_toml
 from paraxis.base.env import Environment, allow_deterministic_kernels, prefer_expandable_segments, read_environment
-from paraxis.base.errors import CheckpointError, ConfigError
-from paraxis.checkpoint.load import committed
+from paraxis.base.errors import ParaxisError, Preempted, StorageError, TrainingError
 from paraxis.observe.folder import RunFolder
 from paraxis.observe.trace import Profile
-from paraxis.parallel.world import World, join, leave
+from paraxis.parallel.world import World, join, leave, peer_is_lost
 from paraxis.train.config import RunConfig
 from paraxis.train.data import open_data
 from paraxis.train.loop import StopRequest, train
 from paraxis.train.record import Record
-from paraxis.train.run import Run, assemble
-from paraxis.train.state import restore_run, save_run
+from paraxis.train.resume import resume_run
+from paraxis.train.run import assemble
+from paraxis.train.state import save_run
 
 log = logging.getLogger("paraxis")
+
+LOST_A_RANK = "another rank has ended, so this one cannot go on; what that rank or its launcher says is the cause"
+LAUNCHER_NOTICES_S = 5.0  # local launchers look twenty times a second, torchrun ten times
 
 
 def run_worker(config: RunConfig, *, base: str, run_dir: Path, resume: str) -> None:
     """Trains as the rank that the environment says this process is.
 
     `base` names the recipe, for the saved configuration. `resume`: auto continues where the run folder holds a checkpoint,
-    must refuses where it does not, never refuses where it does. Raises ParaxisError for what a person can mend.
+    must refuses where it does not, never refuses where it does. Raises ParaxisError for what a person can mend; `said` tells
+    those that another rank has already raised alike, so that a person reads each message once.
     """
     environment = read_environment()
     prefer_expandable_segments()
     if config.train.deterministic:
         allow_deterministic_kernels()
         torch.use_deterministic_algorithms(True)
-    world = join(environment)
-    folder = RunFolder(run_dir)
+    stop = StopRequest()
+    world: World | None = None
     try:
-        lock = folder.hold() if world.first else None
-        try:
-            _train(config, base, folder, resume, environment, world)
-        finally:
-            if lock is not None:
-                lock.release()
+        world = join(environment)
+        _choose_who_logs(world)
+        folder = RunFolder(run_dir)
+        with folder.hold() if world.first else nullcontext():
+            _train(config, base, folder, resume, environment, world, stop)
+    except ParaxisError as error:
+        if world is not None:
+            error.said = not world.claim(str(error))
+        raise
+    except Exception as error:
+        if not peer_is_lost(error):
+            raise
+        _await_launcher(stop)
+        lost = TrainingError(LOST_A_RANK)
+        lost.said = bool(stop.reason) or (world is not None and not world.claim(LOST_A_RANK))
+        raise lost from error
     finally:
         leave()
 
 
-def _train(config: RunConfig, base: str, folder: RunFolder, resume: str, environment: Environment, world: World) -> None:
+def _choose_who_logs(world: World) -> None:
+    """Rank 0 says what was chosen and what is odd. Others meet the same, so they keep to errors."""
+    log.setLevel(logging.INFO if world.first else logging.ERROR)
+    # Broken records are met by the one rank that happens to tokenise.
+    logging.getLogger("paraxis.data.documents").setLevel(logging.WARNING)
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+
+
+def _await_launcher(stop: StopRequest) -> None:
+    """Gives the launcher time to learn which rank was lost, and to end this one before it complains of the consequence."""
+    deadline_s = time.monotonic() + LAUNCHER_NOTICES_S
+    while not stop.reason and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+
+
+def _train(config: RunConfig, base: str, folder: RunFolder, resume: str, environment: Environment, world: World, stop: StopRequest) -> None:
     data = open_data(config, environment.cache_dir)
     run = assemble(config, world, data.rows, data.held_out)
     run.skipped_records = data.skipped
     resumed = resume_run(run, folder, resume)
     text = to_toml(config, base)
     if world.first:
-        folder.config_file.write_text(text)
+        folder.write_config(text)
     files = {"config.toml": text.encode(), **data.files}
     record = Record(folder, world, config.metrics, total=config.train.steps, done=run.step)
     profile = Profile(config.profile, folder.trace, world.rank, world.device)
     record.event("resume" if resumed else "start", str(resumed or base), step=run.step, layout=str(run.mesh.degrees), ranks=world.size)
     try:
-        with stop_on_signals() as stop:
+        with stop_on_signals(stop):
             train(run, record, profile, partial(save_run, run, folder.checkpoints, files), stop)
+    except Preempted:
+        raise
     except Exception as error:
-        record.event("failure", f"{type(error).__name__}: {error}", step=run.step)
+        lost = peer_is_lost(error)
+        shared = lost or isinstance(error, (TrainingError, StorageError))  # rank 0 raises these too
+        record.failure(LOST_A_RANK if lost else f"{type(error).__name__}: {error}", run.step, shared=shared)
         raise
     finally:
         profile.close()
         record.close()
 
 
-def resume_run(run: Run, folder: RunFolder, resume: str) -> Path | None:
-    """Continues from the newest checkpoint that reads whole, as `resume` allows; returns its path.
-
-    A damaged one is passed over with a warning. Raises ConfigError where `resume` forbids what is found.
-    """
-    found = committed(folder.checkpoints, log.warning)
-    if resume == "never" and found:
-        raise ConfigError(f"--resume=never, but {folder.path} already holds {found[0].path.name}; "
-                          f"choose another --run-dir, or --resume=auto to continue")
-    for number, checkpoint in enumerate(found):
-        try:
-            restore_run(run, checkpoint)
-        except CheckpointError as error:
-            if number + 1 == len(found):
-                raise
-            log.warning("%s is passed over: %s", checkpoint.path.name, error)
-        else:
-            return checkpoint.path
-    if resume == "must":
-        raise ConfigError(f"--resume=must, but {folder.path} holds no checkpoint; check --run-dir, or use --resume=auto to start anew")
-    return None
-
-
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(stop: StopRequest) -> Iterator[None]:
     """While inside, SIGTERM and Ctrl-C ask the loop to save and stop; a second one ends the process as usual."""
-    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
 
     def ask(number: int, frame: object) -> None:
@@ -112,7 +123,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

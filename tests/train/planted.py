@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -39,8 +40,9 @@ class Rows:
             os.kill(os.getpid(), signal.SIGKILL)
         if index in self.config.raising_rows:
             raise ValueError(f"row {index} cannot be read")
-        if index == self.config.signal_row:
-            os.kill(os.getppid(), self.config.signal)
+        if index == self.config.signal_row and not Path("signalled").exists():
+            Path("signalled").touch()
+            os.kill(os.getpid() if self.config.one_process else os.getppid(), self.config.signal)
             time.sleep(0.3)  # so that the rows after it are trained on when the signal has arrived
         tokens = np.random.default_rng((self.seed, index)).integers(0, BAD_TOKEN, self.config.seq_len + 1)
         if index in self.config.bad_rows:
@@ -56,7 +58,8 @@ class PlantedData:
     bad_rows: Annotated[tuple[int, ...], "rows whose loss is not a number"] = ()
     raising_rows: Annotated[tuple[int, ...], "rows that cannot be read"] = ()
     killing_rows: Annotated[tuple[int, ...], "rows whose reader is killed"] = ()
-    signal_row: Annotated[int, "row whose reader sends `signal` to the process that started it"] = -1
+    signal_row: Annotated[int, "row whose first reader sends `signal` to the launcher"] = -1
+    one_process: Annotated[bool, "the reader itself was started by a person"] = False
     signal: Annotated[int, "that signal"] = 0
 
     def rows(self, seed: int) -> Rows:
@@ -73,9 +76,7 @@ class Poisoned(nn.Module):
         super().__init__()
         self.inner, self.poison = inner, poison
         self.layout = {f"inner.{pattern}": rule for pattern, rule in inner.layout.items()}
-        self.init = {f"inner.{pattern}": rule for pattern, rule in inner.init.items() if not pattern.startswith("*")} | {
-            pattern: rule for pattern, rule in inner.init.items() if pattern.startswith("*")
-        }
+        self.init = {f"inner.{pattern}": rule for pattern, rule in inner.init.items()}
         self.use_attention, self.use_head_loss, self.blocks = inner.use_attention, inner.use_head_loss, inner.blocks
 
     def forward(self, batch: Batch) -> Tensor:
@@ -87,7 +88,9 @@ class Poisoned(nn.Module):
 class PoisonedConfig:
     """The shape of the decoder inside, and how it is poisoned."""
 
-    llama: LlamaConfig = field(default_factory=lambda: LlamaConfig(vocab_size=VOCABULARY, width=16, layers=1, heads=4, kv_heads=2, mlp_width=32))
+    llama: LlamaConfig = field(
+        default_factory=lambda: LlamaConfig(vocab_size=VOCABULARY, width=16, layers=1, heads=4, kv_heads=2, mlp_width=32)
+    )
     poison: Annotated[float, "what the loss of a bad row is multiplied with"] = float("inf")
     dropout: Annotated[float, "how much of the hidden state is dropped"] = 0.0
 

@@ -1,0 +1,237 @@
+"""`paraxis bench`: measures training steps, with TorchTitan beside them where the user has set it up, and makes tables of results."""
+
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paraxis.base.config import redact, suggestion
+from paraxis.base.env import read_environment
+from paraxis.base.errors import ConfigError, StorageError
+from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
+
+if TYPE_CHECKING:
+    from paraxis.bench.machine import Machine
+    from paraxis.bench.results import Results
+    from paraxis.bench.rows import Pace, Subject
+    from paraxis.bench.titan import Site
+
+HELP = """\
+usage: paraxis bench step RECIPE [--field=value ...] [options]
+       paraxis bench table FILE ... | --into PAGE
+
+step trains the recipe as `paraxis train` does, once for each row, and reports per device tokens/s (median over the steps after
+the warm-up), step time, peak memory, MFU, losses, and the time from launch to the end of step 1. Settings hold for every row.
+
+  --row "NAME: --field=value ..."  a row of its own with these settings on top; may be repeated (default: one row)
+  --ranks N                        workers (default: as paraxis train chooses)
+  --steps N                        steps of a run (default: 15), of which
+  --warmup N                       the first are not measured (default: 5)
+  --runs N                         runs of each row, in turns (default: 1)
+  --limit SECONDS                  stop a run after this long, and record its row as failed (default: 600)
+  --against titan --titan DIR      also run TorchTitan 0.2.2 from DIR, on its DIR/titan.toml; see docs/performance.md
+  --titan-options="--section.field value ..."    options for it, in every row
+  --titan-row "NAME: --section.field value ..."  a row of it with these options; may be repeated
+  --name NAME                      begins the name of the results file (default: step)
+  --out FILE                       the results file (default: bench/results/NAME-HARDWARE-DATE.json)
+  --logs DIR                       keep what each run printed and its run folder
+  --json                           print the results as JSON, not as a table
+  --debug                          show tracebacks of errors
+  --help                           this
+
+table prints results files as Markdown; with --into, it makes the tables marked in a page again instead, from the files of
+bench/results that the marks name: <!-- table: step-... --> to <!-- end of table -->.
+
+examples:
+  paraxis bench step debug --steps 6 --warmup 2
+  paraxis bench step llama3_8b --ranks 2 --row "two: --train.micro_batch=2" --row "full: --train.micro_batch=4 --remat.mode=full"
+  paraxis bench step llama3_8b --train.micro_batch=2 --data.paths=text.jsonl --data.tokenizer=titan/assets --against titan --titan titan
+  paraxis bench table --into docs/performance.md
+"""
+
+TABLE_WIDTH = 200  # at most; a row reads better broken by the terminal than with its cells cut short
+
+STEP_OPTIONS = ("ranks", "steps", "warmup", "runs", "limit", "against", "titan", "titan-options", "name", "out", "logs")
+STEP_LISTS = ("row", "titan-row")
+STEP_FLAGS = ("json", "debug", "help")
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code: 1 where a row failed. Raises ParaxisError for what is refused."""
+    benchmarks = {"step": _step, "table": _table}
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if "--help" in arguments or "-h" in arguments or name is None:
+        print(HELP, end="")
+        return 0
+    if name not in benchmarks:
+        raise ConfigError(f"there is no benchmark {name!r}{suggestion(name, benchmarks)} See paraxis bench --help")
+    return benchmarks[name](arguments)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row as it is asked for: its name and the words of its options."""
+
+    name: str
+    options: Sequence[str]
+
+
+def read_variants(option: str, texts: Sequence[str]) -> list[Variant]:
+    """Rows given as "NAME: options". Raises ConfigError for one that is written otherwise, and for a name given twice."""
+    found: list[Variant] = []
+    for text in texts:
+        name, colon, options = (part.strip() for part in text.partition(":"))
+        if not name or not colon or name.startswith("-"):
+            raise ConfigError(f'--{option}={text!r} has no name; write "NAME: --field=value ..."')
+        if name in [variant.name for variant in found]:
+            raise ConfigError(f"--{option}: there are two rows {name!r}; give each a name of its own")
+        found.append(Variant(name, split(option, options)))
+    return found
+
+
+def split(option: str, text: str) -> list[str]:
+    """The words of an option's value, as a shell splits them. Raises ConfigError where a quotation does not end."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--{option}={text!r} cannot be read: {error}") from None
+
+
+def _step(arguments: list[str]) -> int:
+    parsed = parse(arguments, STEP_OPTIONS, STEP_FLAGS, STEP_LISTS)
+    if len(parsed.names) != 2:
+        raise ConfigError("bench step takes one recipe, as in: paraxis bench step debug; a setting is written --field=value")
+    if (launcher := read_environment().launcher) != "none":
+        raise ConfigError(f"bench starts its own workers, so it cannot be one that {launcher} started; run it by itself")
+    from rich.console import Console
+
+    from paraxis.bench.compare import compare
+    from paraxis.bench.machine import ask_machine
+    from paraxis.bench.results import Results, write_results
+    from paraxis.bench.table import rich_table
+
+    pace, runs = _pace(parsed), whole_number("runs", parsed.options.get("runs", "1"), 1)
+    machine, console = ask_machine(), Console(stderr=True, highlight=False)
+    results = Results(hardware=machine.hardware, versions=machine.versions, date=f"{datetime.now(UTC):%Y-%m-%d}", command=shown(arguments))
+    out = _results_file(parsed, results)
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        nonlocal results
+        results = replace(results, rows=rows)
+        write_results(out, results)
+
+    with tempfile.TemporaryDirectory(prefix="paraxis-bench-", ignore_cleanup_errors=True) as scratch:
+        logs = _empty_folder(parsed.options.get("logs", f"{scratch}/logs"))
+        subjects: list[Subject] = [*_ours(parsed, machine, pace)]
+        if site := _titan_site(parsed, Path(scratch) / "site"):
+            results = replace(results, versions={**results.versions, "torchtitan": site.version})
+            subjects += _titans(parsed, site, machine, pace)
+        compare(subjects, runs, pace, logs, lambda text: console.print(text, soft_wrap=True), keep)
+    if "json" in parsed.flags:
+        print(results.json(), end="")
+    else:
+        Console(width=TABLE_WIDTH).print(rich_table(results))
+    console.print(f"results: {out}", soft_wrap=True)
+    return 1 if any(row["error"] for row in results.rows) else 0
+
+
+def _pace(parsed: Arguments) -> "Pace":
+    from paraxis.bench.rows import Pace
+
+    steps, warmup, limit = (
+        whole_number(name, parsed.options.get(name, default), least)
+        for name, default, least in (("steps", "15", 1), ("warmup", "5", 0), ("limit", "600", 1))
+    )
+    if warmup >= steps:
+        raise ConfigError(f"--warmup={warmup} leaves none of --steps={steps} to measure; lower it, or raise --steps")
+    return Pace(steps=steps, warmup=warmup, limit_s=limit)
+
+
+def _results_file(parsed: Arguments, results: "Results") -> Path:
+    from paraxis.bench.results import FOLDER
+
+    if given := parsed.options.get("out"):
+        return Path(given)
+    out = FOLDER / results.file_name(parsed.options.get("name", "step"))
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another --name, or write over it with --out={out}")
+    return out
+
+
+def _ours(parsed: Arguments, machine: "Machine", pace: "Pace") -> Iterator["Subject"]:
+    from paraxis.bench.step import ours
+
+    recipe = parsed.names[1]
+    ranks = whole_number("ranks", parsed.options["ranks"], 1) if "ranks" in parsed.options else None
+    for variant in read_variants("row", parsed.lists.get("row", [])) or [Variant(recipe, ())]:
+        own = parse(variant.options, (), ())
+        if own.names:
+            raise ConfigError(f"--row {variant.name!r}: {own.names[0]!r} is not a setting; write --field=value")
+        yield ours(variant.name, recipe, {**parsed.settings, **own.settings}, ranks, machine, pace)
+
+
+def _titan_site(parsed: Arguments, target: Path) -> "Site | None":
+    """Where TorchTitan runs, if it is to; its wheels are installed into `target` where Python does not find it."""
+    from paraxis.bench.titan import open_site
+
+    wanted = [name for name in ("against", "titan", "titan-options", "titan-row") if name in parsed.options or name in parsed.lists]
+    if not wanted:
+        return None
+    if not {"against", "titan"} <= {*wanted}:
+        raise ConfigError(f"--{wanted[0]} is for runs beside TorchTitan, which need both --against titan and --titan DIR")
+    one_of("against", parsed.options["against"], ("titan",))
+    return open_site(Path(parsed.options["titan"]), target)
+
+
+def _titans(parsed: Arguments, site: "Site", machine: "Machine", pace: "Pace") -> Iterator["Subject"]:
+    from paraxis.bench.titan import CONFIG, titan
+
+    ranks = whole_number("ranks", parsed.options.get("ranks", str(machine.devices or 1)), 1)
+    common = split("titan-options", parsed.options.get("titan-options", ""))
+    for variant in read_variants("titan-row", parsed.lists.get("titan-row", [])) or [Variant(CONFIG, ())]:
+        yield titan(variant.name, [*common, *variant.options], site, ranks, pace)
+
+
+def _empty_folder(logs: str) -> Path:
+    """The folder that keeps what the runs leave behind, made where it is not there yet."""
+    folder = Path(logs).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(f"--logs={logs} is not empty; choose a new folder")
+    except OSError as error:
+        raise StorageError(f"--logs={logs} cannot be written: {error.strerror}; choose another folder") from error
+    return folder
+
+
+def shown(arguments: Sequence[str]) -> str:
+    """The command, fit to be pasted, without the secrets it may hold."""
+    words = []
+    for word in arguments:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(f"{name}{equals}{redact(name.removeprefix('--'), value)}")
+    return shlex.join(["paraxis", "bench", *words])
+
+
+def _table(arguments: list[str]) -> int:
+    parsed = parse(arguments, ("into",), STEP_FLAGS)
+    files = parsed.names[1:]
+    for name in parsed.settings:
+        raise ConfigError(f"--{name} is not an option of bench table, which has --into PAGE")
+    if bool(files) == ("into" in parsed.options):
+        raise ConfigError("bench table takes results files, or --into PAGE; as in: paraxis bench table bench/results/step-*.json")
+    from paraxis.bench.results import FOLDER, read_results
+    from paraxis.bench.table import markdown, refreshed
+
+    if files:
+        print("\n".join(markdown(read_results(Path(file))) for file in files), end="")
+        return 0
+    page = Path(parsed.options["into"])
+    try:
+        page.write_text(refreshed(page.read_text(), FOLDER))
+    except OSError as error:
+        raise StorageError(f"--into={page}: {error.strerror}; check the path") from error
+    return 0

@@ -1,0 +1,71 @@
+"""Continuing a run from the newest checkpoint in its folder that every rank can read."""
+
+import logging
+from pathlib import Path
+
+from paraxis.base.errors import CheckpointError, ConfigError
+from paraxis.checkpoint.load import committed, open_checkpoint
+from paraxis.checkpoint.store import complete_folders
+from paraxis.observe.folder import RunFolder
+from paraxis.parallel.world import World
+from paraxis.train.run import Run
+from paraxis.train.state import refuse_foreign, restore_run
+
+log = logging.getLogger("paraxis")
+
+
+def resume_run(run: Run, folder: RunFolder, resume: str) -> Path | None:
+    """Continues from the newest checkpoint that reads whole on every rank, as `resume` allows; returns its path.
+
+    A damaged one is passed over with a warning. Raises ConfigError where `resume` forbids what is found, and CheckpointError
+    where there are checkpoints but none can be read, or where the newest is not of this run.
+    """
+    whole, damaged = _found(run.world, folder)
+    names = whole + damaged
+    if resume == "never" and names:
+        raise ConfigError(
+            f"--resume=never, but {folder.path} already holds {names[0]}; choose another --run-dir, or --resume=auto to continue"
+        )
+    if resume == "must" and not names:
+        raise ConfigError(f"--resume=must, but {folder.path} holds no checkpoint; check --run-dir, or use --resume=auto to start anew")
+    for name in whole:
+        path = folder.checkpoints / name
+        if (problem := _agreed(run.world, _problem(run, path))) is None:
+            return path
+        log.warning("%s is passed over: %s", name, problem)
+    if names:
+        raise CheckpointError(
+            f"none of the checkpoints in {folder.checkpoints} can be read ({', '.join(names)}); "
+            f"restore one from a copy, or start in another --run-dir"
+        )
+    return None
+
+
+def _found(world: World, folder: RunFolder) -> tuple[list[str], list[str]]:
+    """The checkpoints as rank 0 sees them, so that all try the same: those that look whole, newest first, and the others."""
+    names: list[list[str]] = [[], []]
+    if world.first:
+        whole = [checkpoint.path.name for checkpoint in committed(folder.checkpoints, log.warning)]
+        names = [whole, sorted({path.name for path in complete_folders(folder.checkpoints)} - set(whole))]
+    whole, damaged = world.broadcast_json(names)
+    return whole, damaged
+
+
+def _problem(run: Run, path: Path) -> str | None:
+    """Restores `run` from the checkpoint at `path`, or says why it cannot be read."""
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+    refuse_foreign(run, checkpoint)
+    try:
+        restore_run(run, checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _agreed(world: World, problem: str | None) -> str | None:
+    """The first rank's problem, on every rank: what one of them cannot read, none continues from."""
+    problems = world.gather_json(problem)
+    return world.broadcast_json(next(filter(None, problems or []), None))
