@@ -9,7 +9,7 @@ from typing import Annotated
 from paraxis.base.errors import ConfigError
 from paraxis.models.attention import Attention
 from paraxis.models.decoder import Block, Decoder
-from paraxis.models.init import Normal
+from paraxis.models.init import Init, Normal
 from paraxis.models.mlp import MLP
 from paraxis.ops.rope import RopeConfig
 
@@ -46,7 +46,6 @@ class LlamaConfig:
     tied: Annotated[bool, "use the embedding as the vocabulary projection too"] = False
     max_seq_len: Annotated[int, "positions the model is made for; written into Hugging Face's config"] = 8192
     init_std: Annotated[float, "standard deviation of the first weights; those that add to the residual stream start narrower"] = 0.02
-    embed_std: Annotated[float, "standard deviation of the first embedding"] = 0.02
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width", "max_seq_len"):
@@ -62,7 +61,7 @@ class LlamaConfig:
             )
         if self.head_width < 2 or self.head_width % 2:
             raise ConfigError(f"heads of width {self.head_width} have no pairs to rotate; make model.head_size (or width / heads) even")
-        for name in ("norm_eps", "init_std", "embed_std"):
+        for name in ("norm_eps", "init_std"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be over 0")
 
@@ -108,9 +107,6 @@ def build_llama(config: LlamaConfig) -> Decoder:
         )
         for _ in range(config.layers)
     ]
-    # 2 * layers terms add up in the residual stream; narrowed so (as GPT-2 does) their sum keeps the width of one.
-    narrow = Normal(config.init_std / (2 * config.layers) ** 0.5)
-    wide = Normal(config.init_std)
     return Decoder(
         vocab_size=config.vocab_size,
         width=config.width,
@@ -118,9 +114,22 @@ def build_llama(config: LlamaConfig) -> Decoder:
         norm_eps=config.norm_eps,
         rope=config.rope,
         tied=config.tied,
-        init={"*.o_proj.weight": narrow, "*.down_proj.weight": narrow, "*_proj.weight": wide, "embed.weight": Normal(config.embed_std), "head.weight": wide},
+        init=init_table(config),
         keys=KEYS,
     )
+
+
+def init_table(config: LlamaConfig) -> dict[str, Init]:
+    """How parameters start. What layer l (from 0) adds to the residual stream is narrowed by 1 / sqrt(2 (l + 1)), the number of terms
+    summed so far, so that the stream's width grows slowly. A free-standing embedding starts at width 1, which the first norm then leaves
+    alone (from 0.02 it would magnify the embedding's gradient fifty times), and a head at 1 / sqrt(width), for logits of width 1.
+    """
+    table: dict[str, Init] = {}
+    for layer in range(config.layers):
+        narrowed = Normal(config.init_std / (2 * (layer + 1)) ** 0.5)
+        table |= {f"layers.{layer}.attention.o_proj.weight": narrowed, f"layers.{layer}.mlp.down_proj.weight": narrowed}
+    embed = Normal(config.init_std if config.tied else 1.0)
+    return table | {"*_proj.weight": Normal(config.init_std), "embed.weight": embed, "head.weight": Normal(config.width**-0.5)}
 
 
 def _block_matrices(config: LlamaConfig) -> int:

@@ -130,9 +130,17 @@ def test_compiled_chunks_give_the_same():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
-def test_gpu_loss_and_gradients_equal_the_reference(compiled, dtype, tolerance):
-    x, weight, targets = inputs(dtype, length=64, width=64, vocabulary=512, device="cuda")
+def test_gpu_loss_and_gradients_equal_the_reference_in_fp64(compiled):
+    x, weight, targets = inputs(torch.float64, length=64, width=64, vocabulary=512, device="cuda")
     ours = outcome(lambda *a: chunked_head_loss(*a, chunk_tokens=50, compiled=compiled), x, weight, targets)
-    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
-    assert error(ours, outcome(reference_head_loss, *exact, targets)) < tolerance
+    assert error(ours, outcome(reference_head_loss, x, weight, targets)) < 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_loss_and_gradients_are_as_exact_as_the_reference_in_bf16(compiled):
+    """Rounding logits to bf16 decides the error of both; ours may add what it rounds elsewhere."""
+    x, weight, targets = inputs(torch.bfloat16, length=64, width=64, vocabulary=512, device="cuda")
+    ours = outcome(lambda *a: chunked_head_loss(*a, chunk_tokens=50, compiled=compiled), x, weight, targets)
+    exact = outcome(reference_head_loss, *[t.detach().double().requires_grad_() for t in (x, weight)], targets)
+    assert error(ours, exact) < 1.25 * error(outcome(reference_head_loss, x, weight, targets), exact)
