@@ -105,7 +105,8 @@ def _known(settings: dict[str, object], recipe: str) -> dict[str, object]:
 def choose_ranks(requested: str | None, degrees: Degrees, env: Environment) -> int:
     """How many ranks the run has: those of the launcher we are under, else `--ranks`, else what the degrees need.
 
-    With `fsdp=-1` that is every GPU of this machine, or CPU processes for two shards. Raises ConfigError where `--ranks` contradicts the launcher, or exceeds this machine's GPUs.
+    With `fsdp=-1` that is every GPU of this machine, or CPU processes for two shards. Raises ConfigError where `--ranks`
+    contradicts the launcher, or exceeds this machine's GPUs.
     """
     from paraxis.parallel.world import visible_devices
 

@@ -107,7 +107,7 @@ def test_runnable_commands_run(document, tmp_path):
     }
     folder = tmp_path / "work"
     folder.mkdir()
-    (folder / "examples").symlink_to(ROOT / "examples")  # as in a checkout
+    (folder / "examples").symlink_to(CHECKOUT / "examples")  # as in a checkout
     for command in document_commands():
         if command.runnable and command.where.startswith(f"{document}:"):
             assert command.words[0] == "paraxis", f"{command.where}: only paraxis is run from a document, not {command.words[0]}"
