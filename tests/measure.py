@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paraxis.base.device import CPU
-from paraxis.base.layout import Box, Placed, whole_box
+from paraxis.base.layout import Box, Placed, parse_layout, whole_box
 from paraxis.base.seams import IGNORE, Batch
-from paraxis.base.strategy import parse_layout
 from paraxis.parallel.grads import sum_copies
 from paraxis.parallel.world import World
 from paraxis.train.config import RunConfig

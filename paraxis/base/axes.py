@@ -57,6 +57,11 @@ class Degrees:
             )
         return replace(self, fsdp=ranks // others)
 
+    @property
+    def layout(self) -> str:
+        """These degrees in the grammar of `base/layout.py`: "fsdp2xtp2"."""
+        return "x".join(f"{axis}{getattr(self, axis)}" for axis in AXES if getattr(self, axis) != 1) or "fsdp1"
+
     def __str__(self) -> str:
         named = [f"{axis}{getattr(self, axis)}" for axis in AXES if getattr(self, axis) != 1]
         return " x ".join(named) or "one rank"

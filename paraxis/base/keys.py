@@ -1,4 +1,4 @@
-"""Key tables: our parameter names beside another library's, so that weights can be renamed in either direction.
+"""Key tables: our parameter names beside another library's, so that weights can be renamed.
 
     KEYS = {
         "embed.weight": "model.embed_tokens.weight",
@@ -9,7 +9,7 @@ A placeholder in braces stands for one whole number, the same wherever it is rep
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 
 KeyTable = Mapping[str, str]
@@ -19,18 +19,9 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 def to_theirs(table: KeyTable, name: str) -> str | None:
     """What the other library calls our parameter `name`, or None where no row of `table` speaks of it."""
-    return _translate(table.items(), name)
-
-
-def to_ours(table: KeyTable, name: str) -> str | None:
-    """What we call the other library's parameter `name`, or None where no row of `table` speaks of it."""
-    return _translate(((theirs, ours) for ours, theirs in table.items()), name)
-
-
-def _translate(rows: Iterable[tuple[str, str]], name: str) -> str | None:
-    for pattern, other in rows:
-        if match := _matcher(pattern).fullmatch(name):
-            return other.format_map(match.groupdict())
+    for ours, theirs in table.items():
+        if match := _matcher(ours).fullmatch(name):
+            return theirs.format_map(match.groupdict())
     return None
 
 

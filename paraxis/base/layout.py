@@ -1,4 +1,4 @@
-"""Where tensors may be split (layout tables), and which part of each tensor a rank holds (boxes).
+"""Where tensors may be split (layout tables), which part of each a rank holds (boxes), and the grammar of a run's layout.
 
 A model says *where* in a table from name patterns to rules; `parallel/apply.py` says *in which order*:
 
@@ -19,7 +19,7 @@ from fnmatch import translate
 from functools import cache
 from math import prod
 
-from paraxis.base.axes import Degrees
+from paraxis.base.axes import AXES, Degrees
 from paraxis.base.errors import ConfigError
 
 
@@ -131,3 +131,23 @@ def place(name: str, shape: tuple[int, ...], table: LayoutTable, degrees: Degree
     tp_copies = degrees.tp if split is None else 1
     replica = at["dp"] * tp_copies + (at["tp"] if tp_copies > 1 else 0)
     return Placed(name, tuple(shape), box, stored, split, replica, degrees.dp * tp_copies)
+
+
+_PART = re.compile(r"([a-z]+)(-?\d+)")
+
+
+def parse_layout(text: str) -> dict[str, int]:
+    """`"fsdp2 x tp2"` (spaces optional) as {"fsdp": 2, "tp": 2}. Raises ConfigError naming the part it cannot read."""
+    found: dict[str, int] = {}
+    for part in re.split(r"\s*x\s*", text.strip()):
+        match = _PART.fullmatch(part)
+        if not match or match[1] not in AXES:
+            raise ConfigError(
+                f"layout {text!r}: cannot read {part!r}; write axes with degrees joined by x, such as fsdp2xtp2 (axes: {', '.join(AXES)})"
+            )
+        if match[1] in found:
+            raise ConfigError(f"layout {text!r}: {match[1]} stands twice; name each axis once")
+        found[match[1]] = int(match[2])
+    Degrees(**found)
+    return found
+

@@ -1,11 +1,10 @@
 """How a model is spread and executed: the record that a recipe asks for, a planner may return, and training applies."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from paraxis.base.axes import AXES, Degrees
-from paraxis.base.dtypes import PRECISIONS, Precision, precision
+from paraxis.base.axes import Degrees
+from paraxis.base.dtypes import PRECISIONS, Precision
 from paraxis.base.errors import ConfigError
 
 
@@ -61,25 +60,3 @@ class Strategy:
     compile: CompileMode = "none"
     reshard: bool = True
     reduce_each_micro_batch: bool = False
-
-
-_PART = re.compile(r"([a-z]+)(-?\d+)")
-
-
-def parse_layout(text: str) -> dict[str, int]:
-    """`"fsdp2 x tp2"` (spaces optional) as {"fsdp": 2, "tp": 2}. Raises ConfigError naming the part it cannot read."""
-    found: dict[str, int] = {}
-    for part in re.split(r"\s*x\s*", text.strip()):
-        match = _PART.fullmatch(part)
-        if not match or match[1] not in AXES:
-            raise ConfigError(
-                f"layout {text!r}: cannot read {part!r}; write axes with degrees joined by x, such as fsdp2xtp2 (axes: {', '.join(AXES)})"
-            )
-        if match[1] in found:
-            raise ConfigError(f"layout {text!r}: {match[1]} stands twice; name each axis once")
-        found[match[1]] = int(match[2])
-    Degrees(**found)
-    return found
-
-
-__all__ = ["PRECISIONS", "CompileMode", "ParallelConfig", "RematConfig", "Strategy", "parse_layout", "precision"]

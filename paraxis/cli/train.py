@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
 
-from paraxis.base.axes import Degrees
+from paraxis.base.axes import AXES, Degrees
 from paraxis.base.config import Setting, describe, flatten, redact, suggestion, to_toml
 from paraxis.base.env import Environment, cores, read_environment
 from paraxis.base.errors import ConfigError
@@ -18,7 +18,7 @@ from paraxis.cli.output import show
 from paraxis.resilience.launch import launch
 
 CPU_SHARDS = 2  # what fsdp=-1 means without GPUs: more processes help no laptop
-OPTIONS = ("ranks", "run-dir", "resume")
+OPTIONS = ("layout", "ranks", "run-dir", "resume")
 FLAGS = ("print-config", "debug", "help")
 RESUME = ("auto", "never", "must")
 
@@ -29,6 +29,7 @@ RECIPE is a built-in name, path/to/file.py:function, package.module:function, or
 names one (base = "...") and changes settings. Any setting of the recipe is an option: --train.steps=20.
 Alone, the command starts its own workers; under torchrun or Slurm's srun it is one of theirs.
 
+  --layout LAYOUT  every degree at once, such as fsdp2xtp2, in place of --parallel.fsdp=2 --parallel.tp=2
   --ranks N        workers to start (default: as many as the parallel degrees need; with parallel.fsdp=-1
                    every GPU of this machine, or two CPU processes for the shards)
   --run-dir DIR    where the run is kept (default: runs/NAME)
@@ -67,7 +68,10 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
 
     [recipe] = parsed.names
     resume = one_of("resume", parsed.options.get("resume", "auto"), RESUME)
-    config, base = find(recipe, _known(parsed.settings, recipe))
+    settings = _known(parsed.settings, recipe)
+    if layout := parsed.options.get("layout"):
+        settings = _laid_out(settings, layout)
+    config, base = find(recipe, settings)
     if "help" in parsed.flags:
         show(settings_help(recipe, describe(config)))
         return 0
@@ -86,6 +90,16 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
     if not env.is_worker:
         show_end(config, run_dir)
     return 0
+
+
+def _laid_out(settings: dict[str, object], layout: str) -> dict[str, object]:
+    """`settings` with the degrees of `layout`, one for every axis; an axis that is set beside it is refused."""
+    from paraxis.base.layout import parse_layout
+
+    degrees = {f"parallel.{axis}": degree for axis, degree in (dict.fromkeys(AXES, 1) | parse_layout(layout)).items()}
+    if both := sorted(degrees.keys() & settings.keys()):
+        raise ConfigError(f"--layout={layout} says every degree, and so does --{both[0]}; leave out one of the two")
+    return {**settings, **degrees}
 
 
 def _known(settings: dict[str, object], recipe: str) -> dict[str, object]:

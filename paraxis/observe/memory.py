@@ -20,10 +20,10 @@ _MAX_ENTRIES = 200_000  # allocations kept, the newest: some kilobytes each, wit
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory in GiB. `reserved_gib` and `allocated_gib` are peaks since `reset_peak`; `current_gib` is allocated now.
+    """Memory in GiB. `reserved_gib` and `allocated_gib` are peaks; `current_gib` is allocated now.
 
     On CUDA, reserved is what the allocator holds and allocated what tensors hold. On CPU all three are the resident
-    set of this process, whose peak cannot be reset.
+    set of this process.
     """
 
     reserved_gib: float
@@ -43,12 +43,6 @@ def read_memory(device: Device) -> Memory:
     resident = Path("/proc/self/statm")  # Linux only; elsewhere the peak stands in
     current_gib = int(resident.read_text().split()[1]) * resource.getpagesize() / GIB if resident.exists() else peak_gib
     return Memory(peak_gib, peak_gib, current_gib)
-
-
-def reset_peak(device: Device) -> None:
-    """Starts peaks anew (CUDA only)."""
-    if device.is_cuda:
-        torch.cuda.reset_peak_memory_stats(device.torch)
 
 
 def start_recording(device: Device) -> None:

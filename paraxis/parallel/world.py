@@ -80,11 +80,6 @@ class World:
             self.store.delete_key(k)
         return values
 
-    def barrier(self) -> None:
-        """Waits until every rank has come here."""
-        self.gather_json(None)
-        self.broadcast_json(None)
-
     def claim(self, what: str) -> bool:
         """True on exactly one of the ranks that ask, the one that may speak; on all once the store, a rank's own, has gone with it."""
         try:

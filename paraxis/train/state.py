@@ -65,7 +65,7 @@ def save_run(run: Run, folder: Path, files: Mapping[str, bytes]) -> Path:
         meta(run),
         files,
         run.world,
-        layout=str(run.mesh.degrees).replace(" ", ""),
+        layout=run.mesh.degrees.layout,
         keep_last=run.config.checkpoint.keep_last,
     )
 

@@ -11,6 +11,7 @@ from paraxis.base.axes import Degrees
 from paraxis.base.env import Environment
 from paraxis.base.errors import ConfigError
 from paraxis.cli.arguments import parse
+from paraxis.cli import main
 from paraxis.cli.train import choose_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -129,3 +130,15 @@ def test_a_launcher_s_workers_are_as_many_as_it_started(tmp_path: Path):
     assert choose_ranks("4", Degrees(), env) == 4
     with pytest.raises(ConfigError, match="--ranks=2 does not fit the 4 workers that torchrun started"):
         choose_ranks("2", Degrees(), env)
+
+
+def test_a_layout_sets_every_degree_at_once(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "debug", "--layout", "fsdp2 x tp2", "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    assert "fsdp = 2" in shown
+    assert "tp = 2" in shown
+
+
+def test_a_layout_beside_a_degree_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "debug", "--layout=tp2", "--parallel.tp=4", "--print-config"]) == ConfigError.exit_code
+    assert "--layout=tp2 says every degree, and so does --parallel.tp" in capsys.readouterr().err

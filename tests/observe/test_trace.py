@@ -13,7 +13,7 @@ import torch
 from paraxis.base.device import CPU, Device
 from paraxis.base.errors import ConfigError
 from paraxis.observe.config import ProfileConfig
-from paraxis.observe.memory import read_memory, reset_peak
+from paraxis.observe.memory import read_memory
 from paraxis.observe.trace import Profile
 
 
@@ -96,7 +96,6 @@ def trace_on_cuda(folder: Path) -> None:
     device = Device("cuda", 0, "", 0)
     torch.cuda.init()
     profile = Profile(ProfileConfig(steps="1:1", memory=True), folder, 0, device)
-    reset_peak(device)
     profile.before_step(1)
     big = torch.ones(1024, 1024, device=device.torch)
     torch.mm(big, big)
