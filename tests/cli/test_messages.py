@@ -10,8 +10,8 @@ import pytest
 from paraxis.base.axes import Degrees
 from paraxis.base.env import Environment
 from paraxis.base.errors import ConfigError
-from paraxis.cli.arguments import parse
 from paraxis.cli import main
+from paraxis.cli.arguments import parse
 from paraxis.cli.train import choose_ranks
 
 ROOT = Path(__file__).parents[2]
