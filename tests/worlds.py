@@ -123,6 +123,8 @@ def _rank(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, ranks: int, 
     os.environ.update(GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # what earlier tests compiled is inherited, and shapes that differ from theirs would count as recompilations
     try:
         store = dist.FileStore(str(folder / "store"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=2 * timeout))

@@ -61,7 +61,9 @@ class Sdpa:
         queries, keys = q_bthd.shape[1], k_bsgd.shape[1]
         if mask is None and 1 < queries < keys:  # SDPA's own causal mask takes the queries for the first positions
             mask = causal_mask(queries, keys, q_bthd.device)[None]
-        return _sdpa(q_bthd, k_bsgd, v_bsgd, None if mask is None else mask[:, None], causal=mask is None and queries > 1)
+        if mask is None and queries > 1:  # a branch, since a compiled comparison of lengths is no bool, which SDPA insists on
+            return _sdpa(q_bthd, k_bsgd, v_bsgd, None, causal=True)
+        return _sdpa(q_bthd, k_bsgd, v_bsgd, None if mask is None else mask[:, None], causal=False)
 
 
 @dataclass(frozen=True)

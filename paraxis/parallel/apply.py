@@ -46,11 +46,11 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill) ->
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: str) -> None:
-    """Compiles each block's forward, whole; blocks of one kind share what was compiled."""
+    """Compiles each block's forward, whole and for the shapes it meets; blocks of one kind share what was compiled."""
     if backend == "none":
         return
     for block in blocks:
-        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
 
 
 def _filled(parameter: nn.Parameter, placed: Placed, fill: Fill) -> Shard:

@@ -146,6 +146,7 @@ def test_compiled_blocks_of_one_kind_are_compiled_once():
 
         from tests.measure import measure_rank
 
+        counters.clear()
         measure_rank(config, rows_for(config), 2)
         return counters["stats"]["unique_graphs"]
 
