@@ -57,7 +57,7 @@ def train(run: Run, record: Record, profile: Profile, save: Save, stop: StopRequ
             run.step, run.row = run.step + 1, loader.cursor
             run.tokens += run.rows_per_step * run.config.data.seq_len
             profile.after_step(run.step)
-            settlement.add(run.step, report, clock.lap(), lr)
+            settlement.add(report, clock.lap(), lr)
             if run.step == first_step:
                 settlement.settle()
                 run.world.expect_quick_steps()

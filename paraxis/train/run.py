@@ -30,7 +30,7 @@ WHOLE_GRADIENT_SHARE = 0.1
 
 @dataclass
 class Run:
-    """Everything one rank trains with. `step` counts finished optimizer steps; `tokens` the target tokens trained on."""
+    """Everything one rank trains with. `step` counts finished optimizer steps; `tokens` those in the rows it has read."""
 
     config: RunConfig
     strategy: Strategy

@@ -1,12 +1,25 @@
 """Finished steps as the host reads them, one step late: metrics, skipped steps, and whether to stop."""
 
 from collections import deque
+from dataclasses import dataclass
 
 from paraxis.base.errors import TrainingError
 from paraxis.observe.throughput import StepTime
 from paraxis.train.record import Record, speed
 from paraxis.train.run import Run
 from paraxis.train.step import StepReport
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A step that was queued: its number, the tokens and the first data row after it, and what the loop knows of it."""
+
+    step: int
+    tokens: int
+    row: int
+    lr: float
+    timed: StepTime
+    report: StepReport
 
 
 class Settlement:
@@ -17,41 +30,41 @@ class Settlement:
 
     def __init__(self, run: Run, record: Record) -> None:
         self._run, self._record = run, record
-        self._waiting: deque[tuple[int, StepReport, StepTime, float]] = deque()
+        self._waiting: deque[Finished] = deque()
         self._bad = 0
         self.stop = False  # a rank was asked to stop
 
-    def add(self, step: int, report: StepReport, timed: StepTime, lr: float) -> None:
-        """Takes a step's report and settles the ones before it."""
-        self._waiting.append((step, report, timed, lr))
+    def add(self, report: StepReport, timed: StepTime, lr: float) -> None:
+        """Takes the report of the step that the run has just counted, and settles the ones before it."""
+        self._waiting.append(Finished(self._run.step, self._run.tokens, self._run.row, lr, timed, report))
         self.settle(keep=1)
 
     def settle(self, keep: int = 0) -> None:
         """Reads all but the last `keep` reports. Raises TrainingError when too many steps in a row were not finite."""
         while len(self._waiting) > keep:
-            step, report, timed, lr = self._waiting.popleft()
-            self.stop |= report.stop
-            self._write(step, report, timed, lr)
-            self._bad = 0 if report.finite else self._bad + 1
-            if not report.finite:
-                self._skipped(step, report)
+            done = self._waiting.popleft()
+            self.stop |= done.report.stop
+            self._write(done)
+            self._bad = 0 if done.report.finite else self._bad + 1
+            if not done.report.finite:
+                self._skipped(done)
 
-    def _write(self, step: int, report: StepReport, timed: StepTime, lr: float) -> None:
-        run = self._run
-        tokens = run.rows_per_step * run.config.data.seq_len
-        pace = speed(tokens, timed, run.world, run.strategy, run.flops_per_token)
+    def _write(self, done: Finished) -> None:
+        run, report = self._run, done.report
+        pace = speed(run.rows_per_step * run.config.data.seq_len, done.timed, run.world, run.strategy, run.flops_per_token)
         values = {
-            "lr": lr,
-            "tokens": step * tokens,
+            "lr": done.lr,
+            "tokens": done.tokens,
             "targets": report.targets,
             **pace,
             "memory_gib": report.memory_gib,
             "skipped": int(not report.finite),
             "skipped_records": run.skipped_records,
         }
-        self._record.step(step, report, timed, values)
+        self._record.step(done.step, report, done.timed, values)
 
-    def _skipped(self, step: int, report: StepReport) -> None:
+    def _skipped(self, done: Finished) -> None:
+        step, report = done.step, done.report
         ranks = ", ".join(map(str, report.bad_ranks))
         self._record.event(
             "warning",
@@ -64,5 +77,5 @@ class Settlement:
             raise TrainingError(
                 f"{self._bad} steps in a row, up to step {step}, had a loss or gradient that is not finite (rank {ranks}), "
                 f"and none was applied. The last checkpoint is kept: lower optim.lr, or look at the data from row "
-                f"{(step - self._bad) * self._run.rows_per_step} on; train.bad_steps sets the limit"
+                f"{done.row - self._bad * self._run.rows_per_step} on; train.bad_steps sets the limit"
             )
