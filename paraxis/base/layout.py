@@ -150,4 +150,3 @@ def parse_layout(text: str) -> dict[str, int]:
         found[match[1]] = int(match[2])
     Degrees(**found)
     return found
-
