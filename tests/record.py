@@ -48,7 +48,7 @@ class Recorder:
             "not_passed": self.not_passed,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "platform": platform.platform(),
+            "platform": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(),
             "gpus": torch.cuda.device_count(),
         }
