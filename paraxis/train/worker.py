@@ -85,7 +85,10 @@ def _await_launcher(stop: StopRequest) -> None:
 
 def _train(config: RunConfig, base: str, folder: RunFolder, resume: str, environment: Environment, world: World, stop: StopRequest) -> None:
     data = open_data(config, environment.cache_dir)
+    started_s = time.perf_counter()
     run = assemble(config, world, data.rows, data.held_out)
+    run.optimizer.counters()  # waits for the device, so that the first values are there
+    built_s = time.perf_counter() - started_s
     run.skipped_records = data.skipped
     resumed = resume_run(run, folder, resume)
     text = to_toml(config, base)
@@ -94,7 +97,8 @@ def _train(config: RunConfig, base: str, folder: RunFolder, resume: str, environ
     files = {"config.toml": text.encode(), **data.files}
     record = Record(folder, world, config.metrics, total=config.train.steps, done=run.step)
     profile = Profile(config.profile, folder.trace, world.rank, world.device)
-    record.event("resume" if resumed else "start", str(resumed or base), step=run.step, layout=str(run.mesh.degrees), ranks=world.size)
+    start = {"layout": str(run.mesh.degrees), "ranks": world.size, "built_s": round(built_s, 3)}
+    record.event("resume" if resumed else "start", str(resumed or base), step=run.step, **start)
     try:
         with stop_on_signals(stop):
             train(run, record, profile, partial(save_run, run, folder.checkpoints, files), stop)
