@@ -1,0 +1,187 @@
+"""Running a pipeline schedule: each rank works through its list, and activations and gradients travel between stages.
+
+Messages between two ranks go through one channel a direction, in the order in which the sender's list makes them. The receiver reads
+that list too, so it posts its receives in the same order, one ahead of need: nothing waits for a message that was sent behind another.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from paraxis.base.schedule import Action, Schedule
+from paraxis.base.seams import Batch
+
+StageForward = Callable[[Batch, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """How a rank reaches its pipeline peers: `ranks[r]` is pipeline rank r's number in the world.
+
+    `onward` carries messages to higher pipeline ranks, `back` to lower ones: with one group for both, two ranks that each send before
+    they receive would wait for each other under NCCL. `store` tells a stage's output shape, once.
+    """
+
+    rank: int
+    ranks: Sequence[int]
+    onward: dist.ProcessGroup
+    back: dist.ProcessGroup
+    store: dist.Store
+
+    def group(self, source: int, target: int) -> dist.ProcessGroup:
+        return self.onward if source < target else self.back
+
+
+def sent_to(action: Action, schedule: Schedule) -> int | None:
+    """The stage that takes what `action` makes, if any: the next one for F, the one before for B and I."""
+    if action.kind == "F":
+        return action.stage + 1 if action.stage + 1 < schedule.stages else None
+    return action.stage - 1 if action.kind in "BI" and action.stage else None
+
+
+@dataclass
+class _Arrivals:
+    """Messages from one rank in the order it sends them, and those that were asked for already."""
+
+    expected: deque[Action]
+    posted: dict[Action, tuple[Tensor, Any]] = field(default_factory=dict)
+
+
+class Pipeline:
+    """One rank's part of a pipeline: its stages by number, and the schedule that all ranks follow.
+
+    A stage's module is called with the micro-batch and the activations of the stage before (None for the first stage); the last
+    stage returns the summed loss, the others one tensor, of one shape and dtype for all micro-batches.
+    """
+
+    def __init__(self, stages: Mapping[int, nn.Module], schedule: Schedule, lines: Lines, device: torch.device) -> None:
+        self._stages, self._schedule, self._lines, self._device = stages, schedule, lines, device
+        self._shapes: dict[int, tuple[list[int], torch.dtype]] = {}
+
+    def forward_backward(self, batches: Sequence[Batch], scale: Tensor, before_backward: Callable[[nn.Module, bool], None]) -> Tensor:
+        """Accumulates the gradients of `scale` times the summed losses of all micro-batches; returns that loss, 0 without the last stage.
+
+        `before_backward(module, last)` is called before each backward of a stage; `last` says that it is the stage's last one.
+        """
+        assert len(batches) == self._schedule.micro_batches
+        step = _Step(self, batches, scale, before_backward)
+        for action in self._schedule.actions[self._lines.rank]:
+            step.run(action)
+        return step.finish()
+
+
+class _Step:
+    """What one rank holds during one step: kept activations, messages under way, the loss so far."""
+
+    def __init__(
+        self, pipeline: Pipeline, batches: Sequence[Batch], scale: Tensor, before_backward: Callable[[nn.Module, bool], None]
+    ) -> None:
+        self._p, self._batches, self._scale, self._before_backward = pipeline, batches, scale, before_backward
+        self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self._handed: dict[Action, Tensor] = {}  # between two stages of this rank
+        self._sending: list[tuple[Tensor, Any]] = []
+        self._backwards = dict.fromkeys(pipeline._stages, 0)
+        self._loss = torch.zeros((), dtype=torch.float64, device=scale.device)
+        schedule, rank = pipeline._schedule, pipeline._lines.rank
+        self._arrivals = {
+            source: _Arrivals(deque(a for a in own if (to := sent_to(a, schedule)) is not None and schedule.rank_of[to] == rank))
+            for source, own in enumerate(schedule.actions)
+            if source != rank
+        }
+
+    def run(self, action: Action) -> None:
+        if action.kind == "F":
+            self._forward(action)
+        else:
+            self._backward(action)
+
+    def finish(self) -> Tensor:
+        """Waits for what is still being sent; returns the loss."""
+        for _, work in self._sending:
+            work.wait()
+        assert not self._kept
+        return self._loss
+
+    def _forward(self, action: Action) -> None:
+        stage, schedule = action.stage, self._p._schedule
+        x = self._take(Action("F", stage - 1, action.micro_batch)).requires_grad_() if stage else None
+        out = self._p._stages[stage](self._batches[action.micro_batch], x)
+        if stage == schedule.stages - 1:
+            out = out * self._scale.to(out.dtype)
+            self._loss += out.detach()
+        else:
+            self._hand_on(action, out.detach())
+        self._kept[stage, action.micro_batch] = x, out
+
+    def _backward(self, action: Action) -> None:
+        stage = action.stage
+        x, out = self._kept.pop((stage, action.micro_batch))
+        self._backwards[stage] += 1
+        self._before_backward(self._p._stages[stage], self._backwards[stage] == self._p._schedule.micro_batches)
+        grad = None if stage == self._p._schedule.stages - 1 else self._take(Action("B", stage + 1, action.micro_batch))
+        torch.autograd.backward(out, grad)
+        if x is not None:
+            assert x.grad is not None
+            self._hand_on(action, x.grad)
+
+    def _hand_on(self, action: Action, tensor: Tensor) -> None:
+        """Sends what `action` made to the rank whose stage takes it."""
+        to = sent_to(action, self._p._schedule)
+        assert to is not None
+        lines, target = self._p._lines, self._p._schedule.rank_of[to]
+        if target == lines.rank:
+            self._handed[action] = tensor
+            return
+        if action.kind == "F":
+            self._tell_shape(action.stage, tensor)
+        group = lines.group(lines.rank, target)
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, lines.ranks[target], group=group, tag=self._tag(action))
+        self._sending = [(kept, earlier) for kept, earlier in self._sending if not earlier.is_completed()] + [(tensor, work)]
+
+    def _take(self, action: Action) -> Tensor:
+        """What `action`, of another stage, made."""
+        if action in self._handed:
+            return self._handed.pop(action)
+        arrivals = self._arrivals[self._p._schedule.rank_of[action.stage]]
+        while action not in arrivals.posted:
+            self._post(arrivals)
+        buffer, work = arrivals.posted.pop(action)
+        work.wait()
+        if arrivals.expected and self._shape_known(arrivals.expected[0]):
+            self._post(arrivals)
+        return buffer
+
+    def _post(self, arrivals: _Arrivals) -> None:
+        """Asks for the next message of a rank."""
+        action, lines = arrivals.expected.popleft(), self._p._lines
+        source = self._p._schedule.rank_of[action.stage]
+        shape, dtype = self._shape(action.stage if action.kind == "F" else action.stage - 1)
+        buffer = torch.empty(shape, dtype=dtype, device=self._p._device)
+        work = dist.irecv(buffer, lines.ranks[source], group=lines.group(source, lines.rank), tag=self._tag(action))
+        arrivals.posted[action] = buffer, work
+
+    def _tag(self, action: Action) -> int:
+        return (action.micro_batch * self._p._schedule.stages + action.stage) * 2 + (action.kind == "F")
+
+    def _tell_shape(self, stage: int, tensor: Tensor) -> None:
+        if stage not in self._p._shapes:
+            self._p._shapes[stage] = list(tensor.shape), tensor.dtype
+            described = json.dumps([list(tensor.shape), str(tensor.dtype).removeprefix("torch.")])
+            self._p._lines.store.set(f"shape/{stage}", described)
+
+    def _shape_known(self, action: Action) -> bool:
+        return (action.stage if action.kind == "F" else action.stage - 1) in self._p._shapes
+
+    def _shape(self, stage: int) -> tuple[list[int], torch.dtype]:
+        """The shape and dtype of a stage's output, as that stage told it."""
+        if stage not in self._p._shapes:
+            shape, dtype = json.loads(self._p._lines.store.get(f"shape/{stage}"))
+            self._p._shapes[stage] = shape, getattr(torch, dtype)
+        return self._p._shapes[stage]

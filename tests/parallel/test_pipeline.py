@@ -1,0 +1,107 @@
+"""A pipeline gives the gradients of running its stages one after another in one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from paraxis.base.schedules import Plan, build_schedule
+from paraxis.base.seams import Batch
+from paraxis.parallel.pipeline import Lines, Pipeline
+from tests.worlds import run_world
+
+WIDTH, ROWS, LENGTH = 6, 2, 3
+
+
+class Stage(nn.Module):
+    """Mixes positions and features; the first makes activations of tokens, the last a loss of targets."""
+
+    def __init__(self, number: int, stages: int) -> None:
+        super().__init__()
+        torch.manual_seed(number)
+        self.first, self.last = number == 0, number == stages - 1
+        self.table = nn.Parameter(torch.randn(11, WIDTH, dtype=torch.float64)) if self.first else None
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.float64))
+
+    def forward(self, batch: Batch, x: torch.Tensor | None = None) -> torch.Tensor:
+        if self.table is not None:
+            x = self.table[batch.tokens_bt]
+        assert x is not None
+        x = torch.tanh(x @ self.weight) + x
+        return (x[..., 0] - batch.targets_bt).square().sum() if self.last else x
+
+
+def batch(number: int) -> Batch:
+    drawn = torch.Generator().manual_seed(100 + number)
+    tokens, targets = (torch.randint(0, 11, (ROWS, LENGTH), generator=drawn) for _ in range(2))
+    return Batch(tokens, targets, torch.zeros_like(tokens))
+
+
+def in_one_process(stages: int, micro_batches: int) -> tuple[float, dict[str, torch.Tensor]]:
+    modules = [Stage(number, stages) for number in range(stages)]
+    total = 0.0
+    for number in range(micro_batches):
+        x = None
+        for module in modules:
+            x = module(batch(number), x)
+        loss = x * 0.1
+        loss.backward()
+        total += loss.item()
+    return total, gradients(dict(enumerate(modules)))
+
+
+def gradients(modules: dict[int, nn.Module]) -> dict[str, torch.Tensor]:
+    return {f"{number}.{name}": p.grad for number, module in modules.items() for name, p in module.named_parameters()}
+
+
+def pipelined(name: str, plan: Plan) -> tuple[float, dict[str, torch.Tensor], list[tuple[int, bool]]]:
+    schedule = build_schedule(name, plan)
+    rank, ranks = dist.get_rank(), list(range(plan.ranks))
+    lines = Lines(
+        rank, ranks, dist.new_group(ranks), dist.new_group(ranks), dist.PrefixStore("pp", dist.distributed_c10d._get_default_store())
+    )
+    modules = {stage: Stage(stage, schedule.stages) for stage, holder in enumerate(schedule.rank_of) if holder == rank}
+    calls: list[tuple[int, bool]] = []
+    numbers = {module: stage for stage, module in modules.items()}
+    pipeline = Pipeline(modules, schedule, lines, torch.device("cpu"))
+    for _ in range(2):  # a second step finds everything as the first did
+        for module in modules.values():
+            module.zero_grad()
+        calls.clear()
+        loss = pipeline.forward_backward(
+            [batch(number) for number in range(plan.micro_batches)],
+            torch.tensor(0.1, dtype=torch.float64),
+            lambda module, last: calls.append((numbers[module], last)),
+        )
+    return loss.item(), gradients(modules), calls
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("gpipe", Plan(2, 3, 1)),
+        ("1f1b", Plan(2, 5, 1)),
+        ("1f1b", Plan(4, 6, 1)),
+        ("interleaved", Plan(2, 4, 2)),
+        ("interleaved", Plan(4, 8, 2)),
+        ("bfs", Plan(2, 3, 3)),
+        ("1f1b", Plan(1, 3, 1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.ranks}_ranks_{value.stages_a_rank}_stages",
+)
+def test_a_pipeline_gives_the_loss_and_gradients_of_one_process(name, plan):
+    results = run_world(pipelined, plan.ranks, name, plan)
+    loss, expected = in_one_process(plan.ranks * plan.stages_a_rank, plan.micro_batches)
+    assert sum(result[0] for result in results) == pytest.approx(loss, rel=1e-12)
+    found = {key: grad for result in results for key, grad in result[1].items()}
+    assert found.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(found[key], grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_last_backward_of_every_stage_is_announced_once():
+    plan = Plan(2, 4, 2)
+    calls = [call for result in run_world(pipelined, 2, "interleaved", plan) for call in result[2]]
+    for stage in range(4):
+        announced = [last for number, last in calls if number == stage]
+        assert announced == [False, False, False, True]
