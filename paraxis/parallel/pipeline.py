@@ -8,7 +8,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from paraxis.base.schedule import Action, Schedule
 from paraxis.base.seams import Batch
-
-StageForward = Callable[[Batch, Tensor | None], Tensor]
+from paraxis.parallel.deferred import OwedGradients, defer_linears
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,18 @@ class Lines:
 
     def group(self, source: int, target: int) -> dist.ProcessGroup:
         return self.onward if source < target else self.back
+
+
+class Reduction(Protocol):
+    """What sharded data parallelism wants to know: when a stage's gradients may travel."""
+
+    def before_backward(self, module: nn.Module, last: bool) -> None:
+        """A backward of `module` is about to run; `last` says that nothing will be added to its gradients afterwards."""
+        ...
+
+    def gradients_complete(self, module: nn.Module) -> None:
+        """The gradients of `module` are complete, though no backward was announced as the last."""
+        ...
 
 
 def sent_to(action: Action, schedule: Schedule) -> int | None:
@@ -62,15 +73,17 @@ class Pipeline:
 
     def __init__(self, stages: Mapping[int, nn.Module], schedule: Schedule, lines: Lines, device: torch.device) -> None:
         self._stages, self._schedule, self._lines, self._device = stages, schedule, lines, device
+        self._gradient_by = {(a.stage, a.micro_batch): a for own in schedule.actions for a in own if a.kind in "BI"}
+        self._owed = {stage: OwedGradients() for stage in stages}
+        if schedule.splits_backward:
+            for stage, module in stages.items():
+                defer_linears(module, self._owed[stage])
         self._shapes: dict[int, tuple[list[int], torch.dtype]] = {}
 
-    def forward_backward(self, batches: Sequence[Batch], scale: Tensor, before_backward: Callable[[nn.Module, bool], None]) -> Tensor:
-        """Accumulates the gradients of `scale` times the summed losses of all micro-batches; returns that loss, 0 without the last stage.
-
-        `before_backward(module, last)` is called before each backward of a stage; `last` says that it is the stage's last one.
-        """
+    def forward_backward(self, batches: Sequence[Batch], scale: Tensor, reduction: Reduction) -> Tensor:
+        """Accumulates the gradients of `scale` times the micro-batches' summed losses; returns that loss, 0 without the last stage."""
         assert len(batches) == self._schedule.micro_batches
-        step = _Step(self, batches, scale, before_backward)
+        step = _Step(self, batches, scale, reduction)
         for action in self._schedule.actions[self._lines.rank]:
             step.run(action)
         return step.finish()
@@ -79,14 +92,15 @@ class Pipeline:
 class _Step:
     """What one rank holds during one step: kept activations, messages under way, the loss so far."""
 
-    def __init__(
-        self, pipeline: Pipeline, batches: Sequence[Batch], scale: Tensor, before_backward: Callable[[nn.Module, bool], None]
-    ) -> None:
-        self._p, self._batches, self._scale, self._before_backward = pipeline, batches, scale, before_backward
+    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], scale: Tensor, reduction: Reduction) -> None:
+        self._p, self._batches, self._scale, self._reduction = pipeline, batches, scale, reduction
+        own = pipeline._schedule.actions[pipeline._lines.rank]
+        self._last_of = {stage: max(n for n, a in enumerate(own) if a.stage == stage) for stage in pipeline._stages}
+        self._number = -1
+        self._weights_owed: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._handed: dict[Action, Tensor] = {}  # between two stages of this rank
         self._sending: list[tuple[Tensor, Any]] = []
-        self._backwards = dict.fromkeys(pipeline._stages, 0)
         self._loss = torch.zeros((), dtype=torch.float64, device=scale.device)
         schedule, rank = pipeline._schedule, pipeline._lines.rank
         self._arrivals = {
@@ -96,8 +110,11 @@ class _Step:
         }
 
     def run(self, action: Action) -> None:
+        self._number += 1
         if action.kind == "F":
             self._forward(action)
+        elif action.kind == "W":
+            self._weights(action)
         else:
             self._backward(action)
 
@@ -122,13 +139,23 @@ class _Step:
     def _backward(self, action: Action) -> None:
         stage = action.stage
         x, out = self._kept.pop((stage, action.micro_batch))
-        self._backwards[stage] += 1
-        self._before_backward(self._p._stages[stage], self._backwards[stage] == self._p._schedule.micro_batches)
-        grad = None if stage == self._p._schedule.stages - 1 else self._take(Action("B", stage + 1, action.micro_batch))
+        self._reduction.before_backward(self._p._stages[stage], last=self._last_of[stage] == self._number)
+        last = stage == self._p._schedule.stages - 1
+        grad = None if last else self._take(self._p._gradient_by[stage + 1, action.micro_batch])
+        owed = self._p._owed[stage]
+        owed.defer = action.kind == "I"
         torch.autograd.backward(out, grad)
+        if owed.defer:
+            self._weights_owed[stage, action.micro_batch] = owed.take()
         if x is not None:
             assert x.grad is not None
             self._hand_on(action, x.grad)
+
+    def _weights(self, action: Action) -> None:
+        for make in self._weights_owed.pop((action.stage, action.micro_batch)):
+            make()
+        if self._last_of[action.stage] == self._number:
+            self._reduction.gradients_complete(self._p._stages[action.stage])
 
     def _hand_on(self, action: Action, tensor: Tensor) -> None:
         """Sends what `action` made to the rank whose stage takes it."""

@@ -21,13 +21,14 @@ class Stage(nn.Module):
         torch.manual_seed(number)
         self.first, self.last = number == 0, number == stages - 1
         self.table = nn.Parameter(torch.randn(11, WIDTH, dtype=torch.float64)) if self.first else None
-        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, dtype=torch.float64))
+        self.inner, self.outer = (nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(2))
+        self.gain = nn.Parameter(torch.randn(WIDTH, dtype=torch.float64))
 
     def forward(self, batch: Batch, x: torch.Tensor | None = None) -> torch.Tensor:
         if self.table is not None:
             x = self.table[batch.tokens_bt]
         assert x is not None
-        x = torch.tanh(x @ self.weight) + x
+        x = self.outer(torch.tanh(self.inner(x * self.gain))) + x
         return (x[..., 0] - batch.targets_bt).square().sum() if self.last else x
 
 
@@ -54,26 +55,41 @@ def gradients(modules: dict[int, nn.Module]) -> dict[str, torch.Tensor]:
     return {f"{number}.{name}": p.grad for number, module in modules.items() for name, p in module.named_parameters()}
 
 
-def pipelined(name: str, plan: Plan) -> tuple[float, dict[str, torch.Tensor], list[tuple[int, bool]]]:
+class Noted:
+    """Notes when each stage's gradients were said to be complete, and that nothing was added to them after."""
+
+    def __init__(self, numbers: dict[nn.Module, int]) -> None:
+        self.numbers, self.complete = numbers, []
+
+    def before_backward(self, module: nn.Module, last: bool) -> None:
+        assert self.numbers[module] not in self.complete
+        if last:
+            self.complete.append(self.numbers[module])
+
+    def gradients_complete(self, module: nn.Module) -> None:
+        assert self.numbers[module] not in self.complete
+        self.complete.append(self.numbers[module])
+
+
+def pipelined(name: str, plan: Plan) -> tuple[float, dict[str, torch.Tensor], list[int]]:
     schedule = build_schedule(name, plan)
     rank, ranks = dist.get_rank(), list(range(plan.ranks))
     lines = Lines(
         rank, ranks, dist.new_group(ranks), dist.new_group(ranks), dist.PrefixStore("pp", dist.distributed_c10d._get_default_store())
     )
     modules = {stage: Stage(stage, schedule.stages) for stage, holder in enumerate(schedule.rank_of) if holder == rank}
-    calls: list[tuple[int, bool]] = []
     numbers = {module: stage for stage, module in modules.items()}
     pipeline = Pipeline(modules, schedule, lines, torch.device("cpu"))
     for _ in range(2):  # a second step finds everything as the first did
         for module in modules.values():
             module.zero_grad()
-        calls.clear()
+        noted = Noted(numbers)
         loss = pipeline.forward_backward(
             [batch(number) for number in range(plan.micro_batches)],
             torch.tensor(0.1, dtype=torch.float64),
-            lambda module, last: calls.append((numbers[module], last)),
+            noted,
         )
-    return loss.item(), gradients(modules), calls
+    return loss.item(), gradients(modules), noted.complete
 
 
 @pytest.mark.parametrize(
@@ -86,6 +102,12 @@ def pipelined(name: str, plan: Plan) -> tuple[float, dict[str, torch.Tensor], li
         ("interleaved", Plan(4, 8, 2)),
         ("bfs", Plan(2, 3, 3)),
         ("1f1b", Plan(1, 3, 1)),
+        ("zbh1", Plan(2, 4, 1)),
+        ("zbh1", Plan(4, 6, 1)),
+        ("zbv", Plan(2, 5, 2)),
+        ("zbv", Plan(4, 8, 2)),
+        ("dualpipev", Plan(2, 4, 2)),
+        ("dualpipev", Plan(4, 9, 2)),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.ranks}_ranks_{value.stages_a_rank}_stages",
 )
@@ -99,9 +121,7 @@ def test_a_pipeline_gives_the_loss_and_gradients_of_one_process(name, plan):
         torch.testing.assert_close(found[key], grad, rtol=1e-10, atol=1e-12)
 
 
-def test_the_last_backward_of_every_stage_is_announced_once():
-    plan = Plan(2, 4, 2)
-    calls = [call for result in run_world(pipelined, 2, "interleaved", plan) for call in result[2]]
-    for stage in range(4):
-        announced = [last for number, last in calls if number == stage]
-        assert announced == [False, False, False, True]
+@pytest.mark.parametrize(("name", "plan"), [("interleaved", Plan(2, 4, 2)), ("zbv", Plan(2, 4, 2)), ("dualpipev", Plan(2, 4, 2))])
+def test_every_stage_s_gradients_are_said_to_be_complete_once_and_at_the_end(name, plan):
+    results = run_world(pipelined, 2, name, plan)
+    assert sorted(stage for result in results for stage in result[2]) == [0, 1, 2, 3]

@@ -1,0 +1,74 @@
+"""Backward in two halves for zero-bubble pipelines: input gradients now, the weight gradients of linear layers when W asks for them.
+
+Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism" (arXiv:2401.10241), section 2.1. The gradient of a linear layer's weight
+needs only its input and its output's gradient, which are kept until then; vectors (norms, biases) get theirs with the first half.
+"""
+
+import types
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class OwedGradients:
+    """The weight gradients that one stage still has to make. While `defer` is set, a backward adds to them instead of making them."""
+
+    def __init__(self) -> None:
+        self.defer = False
+        self._owed: list[Callable[[], None]] = []
+
+    def add(self, make: Callable[[], None]) -> None:
+        self._owed.append(make)
+
+    def take(self) -> list[Callable[[], None]]:
+        """What was added since the last time: one micro-batch's share."""
+        owed, self._owed = self._owed, []
+        return owed
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, owed):
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.owed = weight, owed
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (grad,) = grad_outputs
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, grad_bias, None
+        parameter = ctx.weight
+
+        def product() -> Tensor:
+            return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+        if not ctx.owed.defer:
+            return grad_x, product(), grad_bias, None
+        ctx.owed.add(lambda: _accumulate(parameter, product()))
+        return grad_x, None, grad_bias, None
+
+
+def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def multiply(layer: nn.Linear, x: Tensor, owed: OwedGradients) -> Tensor:
+    """The linear layer's output, whose backward may leave the weight's gradient to `owed`."""
+    return _Linear.apply(x, layer.weight, layer.bias, owed)
+
+
+def defer_linears(module: nn.Module, owed: OwedGradients) -> None:
+    """Lets every linear layer of `module` put off its weight's gradient."""
+
+    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+        return multiply(layer, x, owed)
+
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = types.MethodType(forward, layer)
