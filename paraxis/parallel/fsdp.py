@@ -4,6 +4,7 @@ Gradients are summed, not averaged: the loss is already divided by the step's gl
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,3 +42,38 @@ def reduce_now(model: nn.Module, last: bool, each_micro_batch: bool) -> None:
     model.set_requires_gradient_sync(last or each_micro_batch)
     model.set_requires_all_reduce(last)
     model.set_is_last_backward(last)
+
+
+class PipelineReduction:
+    """When a pipeline stage's gradients travel: once a step, when they are complete. Its parameters stay gathered meanwhile.
+
+    The one front for FSDP2's private post-backward: weight gradients that a split backward makes later are made outside autograd,
+    where FSDP's own hooks do not see them.
+    """
+
+    def before_backward(self, module: nn.Module, last: bool) -> None:
+        reduce_now(module, last, each_micro_batch=False)
+        assert isinstance(module, FSDPModule)
+        module.set_reshard_after_backward(last)
+
+    def gradients_added(self, module: nn.Module) -> None:
+        """Gradients were made outside a backward: they join those of the micro-batches before, in the reduce dtype."""
+        for group in _groups(module):
+            for parameter in group.fsdp_params:
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+    def gradients_complete(self, module: nn.Module) -> None:
+        """Sums the gradients over ranks now, as FSDP does after a last backward."""
+        self.before_backward(module, last=True)
+        for group in _groups(module):
+            group.post_backward()
+        assert isinstance(module, FSDPModule)
+        module._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def _groups(module: nn.Module) -> list[Any]:
+    states = [unit._get_fsdp_state() for unit in fsdp_units(module)]
+    # torch 2.11 and 2.12 have one group a module, 2.13 a list.
+    found = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
+    return [group for groups in found for group in groups if group is not None]

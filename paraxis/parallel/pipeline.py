@@ -44,6 +44,10 @@ class Reduction(Protocol):
         """A backward of `module` is about to run; `last` says that nothing will be added to its gradients afterwards."""
         ...
 
+    def gradients_added(self, module: nn.Module) -> None:
+        """Gradients of `module` were made outside a backward."""
+        ...
+
     def gradients_complete(self, module: nn.Module) -> None:
         """The gradients of `module` are complete, though no backward was announced as the last."""
         ...
@@ -154,6 +158,7 @@ class _Step:
     def _weights(self, action: Action) -> None:
         for make in self._weights_owed.pop((action.stage, action.micro_batch)):
             make()
+        self._reduction.gradients_added(self._p._stages[action.stage])
         if self._last_of[action.stage] == self._number:
             self._reduction.gradients_complete(self._p._stages[action.stage])
 

@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
+from paraxis.base.dtypes import PRECISIONS
 from paraxis.base.schedules import Plan, build_schedule
 from paraxis.base.seams import Batch
+from paraxis.parallel.fsdp import PipelineReduction, shard_parameters
 from paraxis.parallel.pipeline import Lines, Pipeline
 from tests.worlds import run_world
 
@@ -65,6 +68,9 @@ class Noted:
         assert self.numbers[module] not in self.complete
         if last:
             self.complete.append(self.numbers[module])
+
+    def gradients_added(self, module: nn.Module) -> None:
+        assert self.numbers[module] not in self.complete
 
     def gradients_complete(self, module: nn.Module) -> None:
         assert self.numbers[module] not in self.complete
@@ -125,3 +131,35 @@ def test_a_pipeline_gives_the_loss_and_gradients_of_one_process(name, plan):
 def test_every_stage_s_gradients_are_said_to_be_complete_once_and_at_the_end(name, plan):
     results = run_world(pipelined, 2, name, plan)
     assert sorted(stage for result in results for stage in result[2]) == [0, 1, 2, 3]
+
+
+def sharded(name: str, plan: Plan) -> dict[str, torch.Tensor]:
+    """The gradients of a pipeline whose stages are sharded two ways; the two shards read different micro-batches."""
+    mesh = init_device_mesh("cpu", (plan.ranks, 1, 2), mesh_dim_names=("pp", "dp", "fsdp"))
+    schedule = build_schedule(name, plan)
+    pp = mesh["pp"].get_group()
+    rank, ranks = pp.rank(), dist.get_process_group_ranks(pp)
+    store = dist.PrefixStore(f"pp{mesh.get_local_rank('fsdp')}", dist.distributed_c10d._get_default_store())
+    lines = Lines(rank, ranks, pp, pp, store)
+    modules = {stage: Stage(stage, schedule.stages) for stage, holder in enumerate(schedule.rank_of) if holder == rank}
+    for module in modules.values():
+        shard_parameters(module, [], mesh["dp", "fsdp"], PRECISIONS["fp64"], True)
+    pipeline = Pipeline(modules, schedule, lines, torch.device("cpu"))
+    own = [batch(2 * number + mesh.get_local_rank("fsdp")) for number in range(plan.micro_batches)]
+    for _ in range(2):
+        for module in modules.values():
+            module.zero_grad()
+        pipeline.forward_backward(own, torch.tensor(0.1, dtype=torch.float64), PipelineReduction())
+    return {name: grad.full_tensor() for name, grad in gradients(modules).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"), [("1f1b", Plan(2, 4, 1)), ("interleaved", Plan(2, 4, 2)), ("zbh1", Plan(2, 4, 1)), ("zbv", Plan(2, 4, 2))]
+)
+def test_a_sharded_pipeline_sums_every_gradient_once(name, plan):
+    results = run_world(sharded, 2 * plan.ranks, name, plan)
+    _, expected = in_one_process(plan.ranks * plan.stages_a_rank, 2 * plan.micro_batches)
+    found = {key: grad for result in results for key, grad in result.items()}
+    assert found.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(found[key], grad, rtol=1e-10, atol=1e-12)
