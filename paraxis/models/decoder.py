@@ -16,7 +16,6 @@ from paraxis.base.layout import Gather, LayoutTable, Split
 from paraxis.base.seams import Attend, Batch, HeadLoss
 from paraxis.models.attention import Attention
 from paraxis.models.init import InitTable
-from paraxis.models.mlp import MLP
 from paraxis.ops.attention import Sdpa
 from paraxis.ops.loss import chunked_head_loss
 from paraxis.ops.norm import RMSNorm
@@ -26,7 +25,7 @@ from paraxis.ops.rope import RopeConfig, rope_tables
 class Block(nn.Module):
     """One layer: attention, then the feed-forward, each on normalised input and added to the residual stream."""
 
-    def __init__(self, width: int, attention: Attention, mlp: MLP, norm_eps: float) -> None:
+    def __init__(self, width: int, attention: Attention, mlp: nn.Module, norm_eps: float) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(width, norm_eps)
         self.attention = attention

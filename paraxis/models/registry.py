@@ -5,14 +5,21 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, get_type_hints
 
 from paraxis.base.errors import CheckpointError, ConfigError
-from paraxis.models import llama_hf
+from paraxis.models import llama_hf, qwen3_hf
 from paraxis.models.llama import LlamaConfig
+from paraxis.models.qwen3 import Qwen3Config, Qwen3MoEConfig
 
-MODELS: dict[str, type[LlamaConfig]] = {"llama": LlamaConfig}
+MODELS: dict[str, type[LlamaConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoEConfig}
 
 # By Hugging Face's model_type.
-FROM_HF: dict[str, Callable[[Mapping[str, Any]], LlamaConfig]] = {"llama": llama_hf.config_from_hf}
-TO_HF: dict[type, Callable[[LlamaConfig], dict[str, Any]]] = {LlamaConfig: llama_hf.config_to_hf}
+FROM_HF: dict[str, Callable[[Mapping[str, Any]], LlamaConfig]] = {
+    "llama": llama_hf.config_from_hf,
+    "qwen3": qwen3_hf.config_from_hf,
+}
+TO_HF: dict[type, Callable[[Any], dict[str, Any]]] = {
+    LlamaConfig: llama_hf.config_to_hf,
+    Qwen3Config: qwen3_hf.config_to_hf,
+}
 
 
 def to_record(config: Any) -> dict[str, Any] | None:
@@ -50,5 +57,5 @@ def from_hf(config_json: Mapping[str, Any]) -> LlamaConfig:
 def to_hf(config: Any) -> dict[str, Any]:
     """`config` as a Hugging Face `config.json`. Raises ConfigError for a model that Hugging Face has no type for."""
     if type(config) not in TO_HF:
-        raise ConfigError(f"a {type(config).__name__} has no Hugging Face form; only {', '.join(MODELS)} can be exported")
+        raise ConfigError(f"a {type(config).__name__} has no Hugging Face form here; only {', '.join(FROM_HF)} can be exported")
     return TO_HF[type(config)](config)
