@@ -1,0 +1,226 @@
+"""Attention of a block of queries to a block of keys, with what it takes to merge blocks: the log-sum-exp of each query's scores.
+
+Softmax over all keys is put together from softmaxes over some of them, as in online softmax (Milakov and Gimelshein, 2018,
+arXiv:1805.02867): a part weighs exp(its log-sum-exp - the merged one). Going back, FlashAttention's formula (Dao et al., 2022,
+arXiv:2205.14135, algorithm 4) needs only the merged output and log-sum-exp, so a part's gradients are computed from those.
+
+b batch rows, t queries, s keys, h query heads, g key/value heads, d head width. `causal` is for a square block that lies on the
+diagonal: query i sees keys 0 to i. A boolean mask [b, t, s] hides further keys. A query that sees no key of a block has output
+0 and log-sum-exp -inf, so that it weighs nothing when merged.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paraxis.base.device import Device
+from paraxis.base.dtypes import at_least_fp32
+from paraxis.ops.attention import HALF, causal_mask
+
+log = logging.getLogger("paraxis")
+aten = torch.ops.aten
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Parts(Protocol):
+    """Attention to a block of keys. `out` is [b, t, h, d]; `lse` is [b, h, t], at least fp32."""
+
+    def forward(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The block's output and log-sum-exp."""
+        ...
+
+    def backward(
+        self,
+        grad_bthd: Tensor,
+        q_bthd: Tensor,
+        k_bsgd: Tensor,
+        v_bsgd: Tensor,
+        out_bthd: Tensor,
+        lse_bht: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None,
+    ) -> Gradients:
+        """What this block adds to the gradients of q, k and v, where `out` and `lse` are merged over all blocks."""
+        ...
+
+
+class ReferenceParts:
+    """The block as its definition has it, with its scores in memory, in fp32 or fp64; works everywhere and with any mask."""
+
+    def forward(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores_bgrts = _scores(q_bthd, k_bsgd, causal, mask)
+        lse_bgrt = scores_bgrts.logsumexp(-1)
+        weights_bgrts = (scores_bgrts - _finite(lse_bgrt)[..., None]).exp()
+        out_btgrd = torch.einsum("bgrts,bsgd->btgrd", weights_bgrts, at_least_fp32(v_bsgd))
+        return out_btgrd.flatten(2, 3), lse_bgrt.flatten(1, 2)
+
+    def backward(
+        self,
+        grad_bthd: Tensor,
+        q_bthd: Tensor,
+        k_bsgd: Tensor,
+        v_bsgd: Tensor,
+        out_bthd: Tensor,
+        lse_bht: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None,
+    ) -> Gradients:
+        groups = (k_bsgd.shape[2], -1)
+        q, grad, out = (at_least_fp32(x).unflatten(2, groups) for x in (q_bthd, grad_bthd, out_bthd))
+        k, v = at_least_fp32(k_bsgd), at_least_fp32(v_bsgd)
+        lse_bgrt = _finite(lse_bht).unflatten(1, groups)
+        weights_bgrts = (_scores(q_bthd, k_bsgd, causal, mask) - lse_bgrt[..., None]).exp()
+        weights_grad_bgrts = torch.einsum("btgrd,bsgd->bgrts", grad, v)
+        delta_bgrt = (grad * out).sum(-1).permute(0, 2, 3, 1)
+        scores_grad_bgrts = weights_bgrts * (weights_grad_bgrts - delta_bgrt[..., None]) * q_bthd.shape[-1] ** -0.5
+        return (
+            torch.einsum("bgrts,bsgd->btgrd", scores_grad_bgrts, k).flatten(2, 3),
+            torch.einsum("bgrts,btgrd->bsgd", scores_grad_bgrts, q),
+            torch.einsum("bgrts,btgrd->bsgd", weights_bgrts, grad),
+        )
+
+
+class _KernelParts(ABC):
+    """What the fused kernels share: [b, heads, length, d] within, and the reference where there is a mask.
+
+    None of the kernels says -inf for a query that sees no key (the CPU's says 0), so masks are never handed to them.
+    """
+
+    def forward(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, *, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if mask is not None:
+            return ReferenceParts().forward(q_bthd, k_bsgd, v_bsgd, causal=causal, mask=mask)
+        q_bhtd, k_bgsd, v_bgsd = (x.transpose(1, 2) for x in (q_bthd, k_bsgd, v_bsgd))
+        out_bhtd, lse_bht = self._forward(q_bhtd, k_bgsd, v_bgsd, causal)
+        return out_bhtd.transpose(1, 2), lse_bht
+
+    def backward(
+        self,
+        grad_bthd: Tensor,
+        q_bthd: Tensor,
+        k_bsgd: Tensor,
+        v_bsgd: Tensor,
+        out_bthd: Tensor,
+        lse_bht: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None,
+    ) -> Gradients:
+        if mask is not None:
+            return ReferenceParts().backward(grad_bthd, q_bthd, k_bsgd, v_bsgd, out_bthd, lse_bht, causal=causal, mask=mask)
+        turned = [x.transpose(1, 2) for x in (grad_bthd, q_bthd, k_bsgd, v_bsgd, out_bthd)]
+        dq, dk, dv = self._backward(turned, lse_bht.contiguous(), causal)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    @abstractmethod
+    def _forward(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, causal: bool) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _backward(self, grad_q_k_v_out: list[Tensor], lse_bht: Tensor, causal: bool) -> Gradients: ...
+
+
+class CpuFlashParts(_KernelParts):
+    """PyTorch's flash attention for CPU, fp64 included."""
+
+    def _forward(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        return aten._scaled_dot_product_flash_attention_for_cpu(q_bhtd, k_bgsd, v_bgsd, 0.0, causal)
+
+    def _backward(self, grad_q_k_v_out: list[Tensor], lse_bht: Tensor, causal: bool) -> Gradients:
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*grad_q_k_v_out, lse_bht, 0.0, causal)
+
+
+class FlashParts(_KernelParts):
+    """PyTorch's FlashAttention-2 for CUDA, in bf16 or fp16."""
+
+    def _forward(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        return aten._scaled_dot_product_flash_attention(q_bhtd, k_bgsd, v_bgsd, 0.0, causal)[:2]
+
+    def _backward(self, grad_q_k_v_out: list[Tensor], lse_bht: Tensor, causal: bool) -> Gradients:
+        _, q, k, _, _ = grad_q_k_v_out
+        seed = _no_seed(q)
+        lengths = (None, None, q.shape[2], k.shape[2])
+        return aten._scaled_dot_product_flash_attention_backward(*grad_q_k_v_out, lse_bht, *lengths, 0.0, causal, seed, seed)
+
+
+class CudnnParts(_KernelParts):
+    """cuDNN's fused attention, in bf16 or fp16. Its log-sum-exp has a fourth dimension of size 1."""
+
+    def _forward(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        out_bhtd, lse, *_ = aten._scaled_dot_product_cudnn_attention(q_bhtd, k_bgsd, v_bgsd, None, True, 0.0, causal)
+        return out_bhtd, lse.reshape(q_bhtd.shape[:3])
+
+    def _backward(self, grad_q_k_v_out: list[Tensor], lse_bht: Tensor, causal: bool) -> Gradients:
+        _, q, k, _, _ = grad_q_k_v_out
+        seed = _no_seed(q)
+        lengths = (None, None, q.shape[2], k.shape[2])
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            *grad_q_k_v_out, lse_bht[..., None], seed, seed, None, *lengths, 0.0, causal
+        )
+
+
+@dataclass
+class Merged:
+    """The output and log-sum-exp of queries over the blocks added so far, in at least fp32: [b, t, h, d] and [b, h, t]."""
+
+    out_bthd: Tensor
+    lse_bht: Tensor
+
+    @classmethod
+    def nothing(cls, q_bthd: Tensor, width: int) -> "Merged":
+        """What queries have seen before the first block; `width` is that of the values."""
+        b, t, h, _ = q_bthd.shape
+        dtype = torch.float64 if q_bthd.dtype == torch.float64 else torch.float32
+        return cls(q_bthd.new_zeros(b, t, h, width, dtype=dtype), q_bthd.new_full((b, h, t), -torch.inf, dtype=dtype))
+
+    def add(self, queries: slice, out_bthd: Tensor, lse_bht: Tensor) -> None:
+        """Merges, in place, what `queries` got from one more block."""
+        old_bht, new_bht = self.lse_bht[:, :, queries], at_least_fp32(lse_bht)
+        both_bht = torch.logaddexp(old_bht, new_bht)
+        keep_bth1, take_bth1 = ((x - _finite(both_bht)).exp().transpose(1, 2)[..., None] for x in (old_bht, new_bht))
+        self.out_bthd[:, queries] = keep_bth1 * self.out_bthd[:, queries] + take_bth1 * at_least_fp32(out_bthd)
+        self.lse_bht[:, :, queries] = both_bht
+
+
+def choose_parts(device: Device, dtype: torch.dtype, masked: bool, head_width: int) -> Parts:
+    """The fastest parts that work here; logs why. `masked` says whether documents are kept apart."""
+    if not device.is_cuda:
+        parts, why = CpuFlashParts(), "its CPU kernel computes in any dtype"
+    elif masked:
+        parts, why = ReferenceParts(), "no fused kernel keeps documents apart and returns the log-sum-exp"
+    elif dtype not in HALF:
+        parts, why = ReferenceParts(), f"the fused kernels compute in bf16 or fp16, not {dtype}"
+    elif head_width % 8 or head_width > 256:
+        parts, why = ReferenceParts(), f"heads of width {head_width} are not a multiple of 8 up to 256"
+    elif head_width > 128 or torch.are_deterministic_algorithms_enabled() or torch.version.hip is not None:
+        parts, why = FlashParts(), "cuDNN's is for heads of up to 128, not deterministic and not for ROCm"
+    else:
+        parts, why = CudnnParts(), "it is the fastest"
+    log.info("attention to blocks of keys: chose %s on %s: %s", type(parts).__name__, device.name, why)
+    return parts
+
+
+def _scores(q_bthd: Tensor, k_bsgd: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """[b, g, r, t, s], query head g * r of key head g, -inf where a key is hidden."""
+    q_btgrd = at_least_fp32(q_bthd).unflatten(2, (k_bsgd.shape[2], -1))
+    scores_bgrts = torch.einsum("btgrd,bsgd->bgrts", q_btgrd, at_least_fp32(k_bsgd)) * q_bthd.shape[-1] ** -0.5
+    if mask is not None:
+        scores_bgrts = scores_bgrts.masked_fill(~mask[:, None, None], -torch.inf)
+    if causal:
+        scores_bgrts = scores_bgrts.masked_fill(~causal_mask(q_bthd.shape[1], k_bsgd.shape[1], q_bthd.device), -torch.inf)
+    return scores_bgrts
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """With 0 for -inf: exp(-inf - 0) is the 0 that a query without keys wants, where exp(-inf + inf) is not a number."""
+    return lse.masked_fill(lse.isneginf(), 0.0)
+
+
+def _no_seed(like: Tensor) -> Tensor:
+    """In place of the state of a dropout that does not happen."""
+    return torch.zeros(2, dtype=torch.int64, device=like.device)

@@ -1,0 +1,341 @@
+"""Context parallelism's attention: a sequence spread over ranks, each query still seeing every key before it.
+
+Positions are cut in zigzag: 2n pieces, of which rank r holds r and 2n-1-r, so that under a causal mask every rank has the same
+work (Brandon et al., 2023, "Striped Attention", arXiv:2311.09431, has the problem; the halves are from Llama 3, arXiv:2407.21783).
+
+- `RingAttention` (Liu et al., 2023, arXiv:2310.01889): keys and values travel from rank to rank, blocks are merged.
+- `UlyssesAttention` (Jacobs et al., 2023, arXiv:2309.14509): each rank gets all positions of some heads.
+- `usp_attention` (Fang and Zhao, 2024, arXiv:2405.07719): Ulysses among neighbours, a ring across them.
+- `AllGatherAttention`: each rank gets all keys and values.
+
+b batch rows, T positions of the sequence, t = T/n those of a rank, h query heads, g key/value heads, d head width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from paraxis.base.dtypes import at_least_fp32
+from paraxis.base.errors import ConfigError
+from paraxis.base.seams import Attend
+from paraxis.ops.attention_parts import Merged, Parts
+from paraxis.parallel.collectives import Group, gather_sequence
+
+
+def zigzag_positions(length: int, ranks: int, rank: int) -> Tensor:
+    """Which of `length` positions `rank` holds, int64 [length / ranks], rising. Raises ConfigError where they do not divide."""
+    if length % (2 * ranks):
+        below = length - length % (2 * ranks)
+        nearest = " or ".join(str(n) for n in (below, below + 2 * ranks) if n)
+        raise ConfigError(
+            f"data.seq_len={length} cannot be split over cp={ranks}: it must be a multiple of 2 x cp = {2 * ranks}; the nearest: {nearest}"
+        )
+    piece = length // (2 * ranks)
+    return torch.cat([torch.arange(number * piece, (number + 1) * piece) for number in _pieces_of(rank, ranks)])
+
+
+def split_zigzag(x: Tensor, ranks: int) -> Tensor:
+    """[b, T, ...] in natural order to [n, b, t, ...]: each rank's positions."""
+    zigzag_positions(x.shape[1], ranks, 0)  # refuses a length that does not divide
+    pieces = x.unflatten(1, (2, ranks, -1)).movedim(2, 0)  # [n, b, 2, t/2, ...]
+    return torch.cat([pieces[:, :, 0], pieces[:, :, 1].flip(0)], dim=2)
+
+
+def join_zigzag(shards: Tensor) -> Tensor:
+    """[n, b, t, ...], each rank's positions, to [b, T, ...] in natural order."""
+    pieces = shards.unflatten(2, (2, -1))
+    both = torch.stack([pieces[:, :, 0], pieces[:, :, 1].flip(0)])  # [2, n, b, t/2, ...]
+    return both.movedim(2, 0).flatten(1, 3)
+
+
+def _pieces_of(rank: int, ranks: int) -> tuple[int, int]:
+    return rank, 2 * ranks - 1 - rank
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries and keys, as slices of what the rank has at hand, of which some see some. `masked`: not all are of one document."""
+
+    queries: slice
+    keys: slice
+    causal: bool
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """The blocks to compute with the keys at hand, and the document numbers of those keys where documents are kept apart."""
+
+    blocks: Sequence[Block]
+    key_documents_bs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rank's attention step by step; between steps, keys and values move one rank on."""
+
+    steps: Sequence[Step]
+    documents_bt: Tensor | None = None
+
+    def mask(self, step: Step, block: Block) -> Tensor | None:
+        """The mask [b, queries, keys] of one block, made when it is needed and dropped after."""
+        if not block.masked:
+            return None
+        assert self.documents_bt is not None
+        assert step.key_documents_bs is not None
+        return self.documents_bt[:, block.queries, None] == step.key_documents_bs[:, None, block.keys]
+
+
+class _Documents:
+    """The document numbers of the whole sequence and, on the host, each piece's lowest and highest in each row."""
+
+    def __init__(self, documents_bt: Tensor, group: Group):
+        ranks = group.size()
+        self.shards_nbt = gather_sequence(documents_bt, group).unflatten(1, (ranks, -1)).movedim(1, 0)
+        self.natural_bt = join_zigzag(self.shards_nbt)
+        low_bp, high_bp = self.natural_bt.unflatten(1, (2 * ranks, -1)).aminmax(dim=-1)
+        self.low_bp, self.high_bp = torch.stack([low_bp, high_bp]).cpu()  # one wait for the device in a forward
+
+    def blocks(self, query_pieces: Sequence[int], key_pieces: Sequence[int]) -> list[Block]:
+        """The pairs of pieces to compute, as slices of what these lists hold: those that may have a document in common.
+
+        Ranges of document numbers that meet are taken for a common document: exact where numbers never fall along a row,
+        as packing has them, else a block may be computed in vain.
+        """
+        piece = self.natural_bt.shape[1] // self.low_bp.shape[1]
+        blocks = []
+        for at_q, q in enumerate(query_pieces):
+            for at_k, k in enumerate(key_pieces):
+                low_q, high_q, low_k, high_k = self.low_bp[:, q], self.high_bp[:, q], self.low_bp[:, k], self.high_bp[:, k]
+                if k > q or not ((low_q <= high_k) & (low_k <= high_q)).any():
+                    continue
+                one_document = bool(((low_q == high_k) & (low_k == high_q)).all())
+                blocks.append(Block(_piece(at_q, piece), _piece(at_k, piece), causal=q == k, masked=not one_document))
+        return blocks
+
+
+def _piece(number: int, piece: int) -> slice:
+    return slice(number * piece, (number + 1) * piece)
+
+
+@dataclass(frozen=True)
+class RingAttention:
+    """Keys and values travel round the ring, the next ones on their way while these are computed with."""
+
+    group: Group
+    parts: Parts
+    _attend: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(_attend_in_blocks))
+
+    def mask(self, documents_bt: Tensor | None) -> Plan | None:
+        """Gathers all ranks' document numbers; the plan leaves out pairs of pieces with no common document."""
+        if documents_bt is None:
+            return None
+        ranks, rank = self.group.size(), self.group.rank()
+        documents = _Documents(documents_bt, self.group)
+        steps = [
+            Step(documents.blocks(_pieces_of(rank, ranks), _pieces_of(source, ranks)), documents.shards_nbt[source])
+            for source in self._sources()
+        ]
+        return Plan(steps, documents_bt)
+
+    def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Plan | None) -> Tensor:
+        plan = mask or Plan([Step([self._whole_block(source, q_bthd.shape[1])]) for source in self._sources()])
+        return self._attend(q_bthd, k_bsgd, v_bsgd, plan, self.parts, self.group)
+
+    def _sources(self) -> list[int]:
+        """Whose keys are at hand, step by step."""
+        ranks, rank = self.group.size(), self.group.rank()
+        return [(rank - step) % ranks for step in range(ranks)]
+
+    def _whole_block(self, source: int, length: int) -> Block:
+        """All that this rank's queries see of the keys of `source`: always one block, always half the work or less."""
+        rank, everything, half = self.group.rank(), slice(0, length), length // 2
+        if source == rank:
+            return Block(everything, everything, causal=True)  # the shard's positions rise, so its own causal mask is an ordinary one
+        if source < rank:
+            return Block(everything, slice(0, half), causal=False)  # its early piece is before, its late piece after all queries
+        return Block(slice(half, length), everything, causal=False)  # only our late piece is after its pieces
+
+
+@dataclass(frozen=True)
+class AllGatherAttention:
+    """Every rank gets all keys and values, and attends from its own positions. Memory for keys does not fall with ranks."""
+
+    group: Group
+    parts: Parts
+    _attend: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(_attend_in_blocks))
+
+    def mask(self, documents_bt: Tensor | None) -> Plan | None:
+        """Gathers all ranks' document numbers; the plan leaves out pairs of pieces with no common document."""
+        if documents_bt is None:
+            return None
+        ranks, rank = self.group.size(), self.group.rank()
+        documents = _Documents(documents_bt, self.group)
+        return Plan([Step(documents.blocks(_pieces_of(rank, ranks), range(2 * ranks)), documents.natural_bt)], documents_bt)
+
+    def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Plan | None) -> Tensor:
+        ranks = self.group.size()
+        k, v = (join_zigzag(gather_sequence(x, self.group).unflatten(1, (ranks, -1)).movedim(1, 0)) for x in (k_bsgd, v_bsgd))
+        return self._attend(q_bthd, k, v, mask or Plan([Step(self._whole_blocks(q_bthd.shape[1] // 2))]), self.parts, None)
+
+    def _whole_blocks(self, piece: int) -> list[Block]:
+        blocks = []
+        for at, number in enumerate(_pieces_of(self.group.rank(), self.group.size())):
+            if number:
+                blocks.append(Block(_piece(at, piece), slice(0, number * piece), causal=False))
+            blocks.append(Block(_piece(at, piece), _piece(number, piece), causal=True))
+        return blocks
+
+
+@dataclass(frozen=True)
+class UlyssesAttention:
+    """All positions of h/n heads on each rank, in natural order, for an ordinary `attend`.
+
+    Where there are fewer key/value heads than ranks, or they do not divide, each is repeated as little as makes every rank
+    get its own; going back, the copies' gradients are summed.
+    """
+
+    group: Group
+    attend: Attend
+    _exchange: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(_all_to_all))
+
+    def mask(self, documents_bt: Tensor | None) -> Any:
+        """Whatever `attend` makes of the document numbers of all positions."""
+        if documents_bt is None:
+            return self.attend.mask(None)
+        shards_nbt = gather_sequence(documents_bt, self.group).unflatten(1, (self.group.size(), -1)).movedim(1, 0)
+        return self.attend.mask(join_zigzag(shards_nbt))
+
+    def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Any) -> Tensor:
+        copies = kv_copies(q_bthd.shape[2], k_bsgd.shape[2], self.group.size())
+        k_bsgd, v_bsgd = (x.repeat_interleave(copies, dim=2) if copies > 1 else x for x in (k_bsgd, v_bsgd))
+        q, k, v = (self._to_heads(x) for x in (q_bthd, k_bsgd, v_bsgd))
+        return self._to_positions(self.attend(q, k, v, mask))
+
+    def _to_heads(self, x_bthd: Tensor) -> Tensor:
+        """[b, t, h, d] to [b, T, h/n, d], positions in natural order."""
+        by_rank = x_bthd.unflatten(2, (self.group.size(), -1)).movedim(2, 0)
+        return join_zigzag(self._exchange(by_rank, self.group))
+
+    def _to_positions(self, x_bThd: Tensor) -> Tensor:
+        """[b, T, h/n, d] to [b, t, h, d]."""
+        by_rank = self._exchange(split_zigzag(x_bThd, self.group.size()), self.group)
+        return by_rank.movedim(0, 2).flatten(2, 3)
+
+
+def kv_copies(heads: int, kv_heads: int, ranks: int) -> int:
+    """How often each key/value head is repeated so that `ranks` ranks each get the ones their query heads read.
+
+    Raises ConfigError where the query heads do not divide over the ranks.
+    """
+    if heads % ranks:
+        raise ConfigError(
+            f"parallel.cp_ulysses={ranks} must divide a rank's {heads} query heads; choose a smaller one, or parallel.cp_kind=ring"
+        )
+    per_kv_head = heads // kv_heads
+    return next(n for n in range(1, per_kv_head + 1) if per_kv_head % n == 0 and kv_heads * n % ranks == 0)
+
+
+def usp_attention(inner: Group, outer: Group, parts: Parts) -> UlyssesAttention:
+    """Ulysses among the neighbours of `inner`, a ring across `outer`: rank = outer rank x inner size + inner rank.
+
+    No more needs doing: neighbours' zigzag shards, joined in natural order, are the zigzag shard of their place in the outer ring.
+    """
+    return UlyssesAttention(inner, RingAttention(outer, parts))
+
+
+class _AllToAll(torch.autograd.Function):
+    """[n, ...]: entry i goes to rank i, and comes back when going back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        out = x.new_empty(x.shape)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _AllToAll.apply(grad, ctx.group), None
+
+
+def _pass_on(tensors: list[Tensor], group: Group) -> Callable[[], list[Tensor]]:
+    """Starts sending `tensors` to the next rank; the result waits for, and gives, what came from the one before."""
+    rank, ranks = group.rank(), group.size()
+    before, after = (dist.get_global_rank(group, (rank + by) % ranks) for by in (-1, 1))
+    sent = [x.contiguous() for x in tensors]
+    received = [torch.empty_like(x) for x in sent]
+    sends = [dist.P2POp(dist.isend, x, after, group) for x in sent]
+    works = dist.batch_isend_irecv(sends + [dist.P2POp(dist.irecv, x, before, group) for x in received])
+
+    def wait() -> list[Tensor]:
+        for work in works:
+            work.wait()
+        sent.clear()  # held until here: they were on their way
+        return received
+
+    return wait
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention by the blocks of a plan. With several steps, keys and values (and, going back, their gradients) go round `group`."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, plan: Plan, parts: Parts, group: Group | None) -> Tensor:  # type: ignore[override]
+        merged = Merged.nothing(q, v.shape[-1])
+        k_v = [k, v]
+        for number, step in enumerate(plan.steps):
+            coming = _pass_on(k_v, group) if group and number + 1 < len(plan.steps) else None
+            for block in step.blocks:
+                at_k, at_v = (x[:, block.keys] for x in k_v)
+                part = parts.forward(q[:, block.queries], at_k, at_v, causal=block.causal, mask=plan.mask(step, block))
+                merged.add(block.queries, *part)
+            k_v = coming() if coming else k_v
+        out = merged.out_bthd.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, merged.lse_bht)
+        ctx.settings = plan, parts, group
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        plan, parts, group = ctx.settings
+        grad = grad.contiguous()  # the kernels take no expanded one
+        q_grad = torch.zeros_like(at_least_fp32(q))
+        k_v, gone, grads = [k, v], None, []
+        for number, step in enumerate(plan.steps):
+            coming = _pass_on(k_v, group) if group and number + 1 < len(plan.steps) else None
+            grads = [torch.zeros_like(at_least_fp32(x)) for x in k_v]
+            for block in step.blocks:
+                at_q, at_grad, at_out = (x[:, block.queries] for x in (q, grad, out))
+                at_k, at_v = (x[:, block.keys] for x in k_v)
+                at_lse = lse[:, :, block.queries]
+                made = parts.backward(at_grad, at_q, at_k, at_v, at_out, at_lse, causal=block.causal, mask=plan.mask(step, block))
+                for total, at, part in zip((q_grad, *grads), (block.queries, block.keys, block.keys), made, strict=True):
+                    total[:, at] += part
+            # What earlier ranks found out about these keys has travelled behind them, in at least fp32 since it is a sum over ranks.
+            grads = [a + b for a, b in zip(grads, gone(), strict=True)] if gone else grads
+            gone = _pass_on(grads, group) if group and len(plan.steps) > 1 else None
+            k_v = coming() if coming else k_v
+        k_grad, v_grad = gone() if gone else grads
+        return q_grad.to(q.dtype), k_grad.to(k.dtype), v_grad.to(v.dtype), None, None, None
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, parts: Parts, group: Group | None) -> Tensor:
+    return _BlockAttention.apply(q, k, v, plan, parts, group)
+
+
+def _all_to_all(x: Tensor, group: Group) -> Tensor:
+    return _AllToAll.apply(x, group)
+
+
+def _untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, around which a compiled block is cut in two: sends cannot be traced, and torch 2.11 traces all_to_all_single wrong.
+
+    Wanted only when building, for it loads the compiler, which takes a second.
+    """
+    return cast("Callable[..., Tensor]", torch.compiler.disable(function))
