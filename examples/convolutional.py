@@ -14,7 +14,7 @@ from paraxis.ops.loss import chunked_head_loss
 from paraxis.train.config import RunConfig, TrainConfig
 
 
-class Mixer(nn.Module):  # needs earlier positions, so every tensor-parallel rank runs all of it (`Whole`)
+class Mixer(nn.Module):  # needs earlier positions, so where ranks share a row each runs all of it (`Whole`)
     def __init__(self, width: int) -> None:
         super().__init__()
         self.kernel = nn.Parameter(torch.empty(width, 1, 4))
@@ -54,17 +54,22 @@ class Convolutional(nn.Module):
     def __init__(self, config: "ConvolutionalConfig") -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(config.vocab_size, config.width), nn.Linear(config.width, config.vocab_size, bias=False)
-        self.stack = nn.ModuleList(Block(config.width) for _ in range(config.depth))
+        self.stack = nn.ModuleDict({str(number): Block(config.width) for number in range(config.depth)})
         self.head_loss = chunked_head_loss
 
-    def forward(self, batch):  # the summed loss
-        x_btm = self.embed(batch.tokens_bt)
-        for block in self.stack:
+    def forward(self, batch, x_btm=None):  # the summed loss; in a pipeline, x_btm is what the stage before has made
+        x_btm = self.embed(batch.tokens_bt) if x_btm is None else x_btm
+        for block in self.blocks():
             x_btm = block(x_btm)
-        return self.head_loss(x_btm, self.head.weight, batch.targets_bt)
+        return x_btm if self.head is None else self.head_loss(x_btm, self.head.weight, batch.targets_bt)
+
+    def keep(self, layers):  # become the pipeline stage that runs these blocks; names stay
+        self.embed = None if layers.start else self.embed
+        self.head = self.head if layers.stop == len(self.stack) else None
+        self.stack = nn.ModuleDict({str(number): self.stack[str(number)] for number in layers})
 
     def blocks(self):
-        return list(self.stack)
+        return list(self.stack.values())
 
     def use_head_loss(self, head_loss):
         self.head_loss = head_loss

@@ -74,6 +74,20 @@ def worker_variables(rank: int, ranks: int, store_path: Path) -> dict[str, str]:
     return variables
 
 
+def stay_forkable() -> None:
+    """Keeps this process free of threads and of CUDA, so that ranks can be forked from it; only before it first imports torch."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # GPUs are counted without initialising CUDA, which no fork survives
+
+
+def become_worker(rank: int, ranks: int, store_path: Path, gpus: bool) -> None:
+    """Makes this forked process local worker `rank` of `ranks`, which meet through the file `store_path`; without `gpus` it sees none."""
+    os.environ.update(worker_variables(rank, ranks, store_path))
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def allow_deterministic_kernels() -> None:
     """Gives cuBLAS the fixed workspace without which its results vary; only before this process first uses CUDA."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,27 +1,50 @@
-"""Key tables: our parameter names beside another library's, so that weights can be renamed.
+"""Key tables: our parameter names beside another library's, so that weights can be renamed, and taken apart where theirs are smaller.
 
     KEYS = {
         "embed.weight": "model.embed_tokens.weight",
         "layers.{i}.attention.q_proj.weight": "model.layers.{i}.self_attn.q_proj.weight",
+        "layers.{i}.mlp.experts.up_proj": Stacked("model.layers.{i}.mlp.experts.{e}.up_proj.weight", transpose=True),
     }
 
-A placeholder in braces stands for one whole number, the same wherever it is repeated; both sides of a row name the same placeholders.
+A placeholder in braces stands for one whole number, the same wherever it is repeated; both sides of a row name the same placeholders,
+but for the `{e}` of a `Stacked`, over which their tensors are counted.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
-KeyTable = Mapping[str, str]
+
+@dataclass(frozen=True)
+class Stacked:
+    """Our tensor is theirs of {e} = 0, 1, 2, ... side by side along a new dimension 0; with `transpose`, each is a matrix turned."""
+
+    pattern: str
+    transpose: bool = False
+
+    def names(self, count: int) -> list[str]:
+        """What they call each of `count` tensors, in our order."""
+        return [self.pattern.replace("{e}", str(number)) for number in range(count)]
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of each of theirs, where `shape` is ours."""
+        return shape[:0:-1] if self.transpose else shape[1:]
+
+
+KeyTable = Mapping[str, str | Stacked]
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
-def to_theirs(table: KeyTable, name: str) -> str | None:
+def to_theirs(table: KeyTable, name: str) -> str | Stacked | None:
     """What the other library calls our parameter `name`, or None where no row of `table` speaks of it."""
     for ours, theirs in table.items():
         if match := _matcher(ours).fullmatch(name):
-            return theirs.format_map(match.groupdict())
+            numbers = match.groupdict()
+            if isinstance(theirs, str):
+                return theirs.format_map(numbers)
+            return Stacked(theirs.pattern.format_map({**numbers, "e": "{e}"}), theirs.transpose)
     return None
 
 

@@ -10,6 +10,9 @@ A model says *where* in a table from name patterns to rules; `parallel/apply.py`
 
 Between the modules so named, activations are split along the sequence; what the table does not name
 acts on each position alone and is replicated.
+
+A run's layout is written `pp2.zbv x cp4.ulysses2 x fsdp2 x tp2 x ep2`: axes with degrees, after a dot the pipeline's schedule
+(`.interleaved3`: three stages a rank) or how attention crosses `cp` (`.ring`, `.allgather`, `.ulysses`; `.ulysses2`: pairs in a ring).
 """
 
 import re
@@ -19,8 +22,9 @@ from fnmatch import translate
 from functools import cache
 from math import prod
 
-from paraxis.base.axes import AXES, Degrees
+from paraxis.base.axes import DEGREES, Degrees
 from paraxis.base.errors import ConfigError
+from paraxis.base.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,19 @@ class Gather:
 
 
 @dataclass(frozen=True)
+class Partial:
+    """This module's input is gathered to the whole sequence; its output, of which every rank makes a summand, is summed and scattered.
+
+    Split layers inside, such as experts cut along their hidden features, leave their summand as it is.
+    """
+
+
+@dataclass(frozen=True)
 class Whole:
     """This module needs the whole sequence and has no split layer: every rank runs all of it and keeps its part."""
 
 
-LayoutTable = Mapping[str, Split | Gather | Whole]
+LayoutTable = Mapping[str, Split | tuple[Split, ...] | Gather | Partial | Whole]
 
 
 @cache
@@ -97,56 +109,118 @@ def whole_box(shape: tuple[int, ...]) -> Box:
 class Placed:
     """Where one parameter lives: its global shape, the part this rank computes with, and the part it stores.
 
-    `computed` is what forward sees (cut along `tp` where the table says so); `stored` is what FSDP keeps of it
-    between uses (cut again along dimension 0). Both are boxes of the global tensor. `replica` of `replicas`
-    numbers the ranks that store the same part.
+    `computed` is what forward sees (cut along `tp` and `ep` where the table says so); `stored` is what FSDP keeps of it
+    between uses (cut again along `shard_dim`). Both are boxes of the global tensor. `replica` of `replicas` numbers the ranks
+    of a pipeline stage that store the same part. A `frozen` parameter is not trained, and every rank keeps what it computes with.
     """
 
     name: str
     shape: tuple[int, ...]
     computed: Box
     stored: Box
-    split: Split | None
-    replica: int
-    replicas: int
+    splits: tuple[Split, ...] = ()
+    shard_dim: int = 0
+    replica: int = 0
+    replicas: int = 1
+    frozen: bool = False
+
+    def split_along(self, axis: str) -> Split | None:
+        """How the table cuts this parameter along `axis`, if it does."""
+        return next((split for split in self.splits if split.axis == axis), None)
 
 
-def place(name: str, shape: tuple[int, ...], table: LayoutTable, degrees: Degrees, at: Mapping[str, int]) -> Placed:
+def place(
+    name: str, shape: tuple[int, ...], table: LayoutTable, degrees: Degrees, at: Mapping[str, int], *, frozen: bool = False
+) -> Placed:
     """Where the parameter `name` of global `shape` lives on the rank whose coordinates are `at` (axis -> index).
 
     Raises ConfigError when a split does not divide the dimension evenly.
     """
-    rule = matching(table, name)
-    split = rule if isinstance(rule, Split) else None
+    splits = _splits(table, name, degrees)
+    shard = at["fsdp"] * degrees.cp + at["cp"]
+    index = {**at, "ep": shard % degrees.ep}
     box = whole_box(shape)
-    if split is not None and (parts := getattr(degrees, split.axis)) > 1:
+    for split in splits:
+        parts = getattr(degrees, split.axis)
         if split.dim >= len(shape) or shape[split.dim] % parts:
             size = shape[split.dim] if split.dim < len(shape) else "no"
             raise ConfigError(
                 f"parallel.{split.axis}={parts} does not divide {name}: dimension {split.dim} has {size} entries; "
                 f"choose a degree that divides it, or change the model's shape"
             )
-        box = box.cut(split.dim, parts, at[split.axis])
-    stored = box.cut(0, degrees.fsdp, at["fsdp"]) if shape else box
-    tp_copies = degrees.tp if split is None else 1
-    replica = at["dp"] * tp_copies + (at["tp"] if tp_copies > 1 else 0)
-    return Placed(name, tuple(shape), box, stored, split, replica, degrees.dp * tp_copies)
+        box = box.cut(split.dim, parts, index[split.axis])
+    experts = degrees.ep if any(split.axis == "ep" for split in splits) else 1
+    copies = 1 if any(split.axis == "tp" for split in splits) else degrees.tp
+    copy = at["tp"] if copies > 1 else 0
+    if frozen or not shape:
+        replica, replicas = ((at["dp"] * degrees.shards) + shard) * copies + copy, degrees.dp * degrees.shards * copies
+        return Placed(name, tuple(shape), box, box, splits, 0, replica, replicas, frozen)
+    ways = degrees.shards // experts
+    # Few experts on many ranks: their rows are shared out where the experts themselves would leave ranks with nothing.
+    dim = 1 if experts > 1 and box.sizes[0] % ways and not box.sizes[1] % ways else 0
+    stored = box.cut(dim, ways, shard // experts)
+    return Placed(name, tuple(shape), box, stored, splits, dim, at["dp"] * copies + copy, degrees.dp * copies)
 
 
-_PART = re.compile(r"([a-z]+)(-?\d+)")
+def _splits(table: LayoutTable, name: str, degrees: Degrees) -> tuple[Split, ...]:
+    """How `table` cuts a parameter along axes that have more than one rank."""
+    rule = matching(table, name)
+    rules = rule if isinstance(rule, tuple) else (rule,)
+    return tuple(rule for rule in rules if isinstance(rule, Split) and getattr(degrees, rule.axis) > 1)
 
 
-def parse_layout(text: str) -> dict[str, int]:
-    """`"fsdp2 x tp2"` (spaces optional) as {"fsdp": 2, "tp": 2}. Raises ConfigError naming the part it cannot read."""
-    found: dict[str, int] = {}
+_PART = re.compile(r"([a-z]+)(-?\d+)(?:\.([a-z0-9]+))?")
+CP_KINDS = ("ring", "ulysses", "usp", "allgather")
+
+
+def parse_layout(text: str) -> dict[str, int | str]:
+    """`"pp2.zbv x fsdp2"` (spaces optional) as the fields of `ParallelConfig` that it says: {"pp": 2, "schedule": "zbv", "fsdp": 2}.
+
+    Raises ConfigError naming the part it cannot read.
+    """
+    found: dict[str, int | str] = {}
     for part in re.split(r"\s*x\s*", text.strip()):
         match = _PART.fullmatch(part)
-        if not match or match[1] not in AXES:
+        if not match or match[1] not in DEGREES or (match[3] and match[1] not in ("pp", "cp")):
             raise ConfigError(
-                f"layout {text!r}: cannot read {part!r}; write axes with degrees joined by x, such as fsdp2xtp2 (axes: {', '.join(AXES)})"
+                f"layout {text!r}: cannot read {part!r}; write axes with degrees joined by x, such as fsdp2xtp2 or pp2.zbvxcp2.ulysses "
+                f"(axes: {', '.join(DEGREES)})"
             )
-        if match[1] in found:
-            raise ConfigError(f"layout {text!r}: {match[1]} stands twice; name each axis once")
-        found[match[1]] = int(match[2])
-    Degrees(**found)
+        axis, degree, kind = match[1], int(match[2]), match[3]
+        if axis in found:
+            raise ConfigError(f"layout {text!r}: {axis} stands twice; name each axis once")
+        found[axis] = degree
+        if kind and axis == "pp":
+            name, number = (kind, "") if kind in SCHEDULES else _numbered(kind)
+            found |= {"schedule": name} | ({"stages_a_rank": int(number)} if number else {})
+        elif kind:
+            found |= _context(text, *_numbered(kind))
+    Degrees(**{axis: degree for axis, degree in found.items() if axis in DEGREES and isinstance(degree, int)})
     return found
+
+
+# What settings of an axis say when it is not used.
+IDLE: dict[str, dict[str, int | str | tuple[int, ...]]] = {
+    "pp": {"schedule": "auto", "stages_a_rank": 0, "cuts": ()},
+    "cp": {"cp_kind": "auto", "cp_ulysses": 0},
+}
+
+
+def layout_settings(text: str) -> dict[str, int | str | tuple[int, ...]]:
+    """Every field of `ParallelConfig` that a layout decides: one degree for each axis, and no settings for an axis that is not used."""
+    found = parse_layout(text)
+    idle = {field: value for axis, fields in IDLE.items() if found.get(axis, 1) == 1 for field, value in fields.items()}
+    return {**dict.fromkeys(DEGREES, 1), **idle, **found}
+
+
+def _numbered(kind: str) -> tuple[str, str]:
+    """`ulysses2` as ("ulysses", "2")."""
+    name = kind.rstrip("0123456789")
+    return name, kind.removeprefix(name)
+
+
+def _context(text: str, kind: str, number: str) -> dict[str, int | str]:
+    """What `.ulysses2` after `cp4` says: all-to-all among pairs, a ring across them."""
+    if kind not in CP_KINDS or (number and kind not in ("ulysses", "usp")):
+        raise ConfigError(f"layout {text!r}: cp knows {', '.join(CP_KINDS)}, and a number after ulysses alone; not {kind + number!r}")
+    return {"cp_kind": "usp", "cp_ulysses": int(number)} if number else {"cp_kind": kind}

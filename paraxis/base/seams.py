@@ -66,6 +66,56 @@ class HasHeadLoss(Protocol):
     def use_head_loss(self, head_loss: HeadLoss) -> None: ...
 
 
+@runtime_checkable
+class Staged(Protocol):
+    """A model that a pipeline can cut. Parameter names stay as they are, so that checkpoints do not depend on the cut.
+
+    `forward(batch, x)` takes the activations [b, t, m] of the stage before (None for the first stage) and returns activations, or the
+    summed loss from the last stage. A tied embedding may stay in both the first and the last stage: training keeps the two equal.
+    """
+
+    def forward(self, batch: Batch, x_btm: Tensor | None = None) -> Tensor: ...
+
+    def keep(self, layers: range) -> None:
+        """Becomes one stage: drops all other blocks, what precedes block 0 unless it is kept, and what follows the last unless that is."""
+        ...
+
+
+class Dispatch(Protocol):
+    """Runs experts on rows sorted by expert, wherever the experts live; the outputs come back in the same order.
+
+    The first counts_e[0] rows of x_sm are for expert 0, and so on. `experts(x, counts)` runs those of this rank.
+    """
+
+    def __call__(self, x_sm: Tensor, counts_e: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor: ...
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """A mixture-of-experts layer, as training sees it; e experts.
+
+    `experts` holds parameters stacked over experts in dimension 0. `tally_s` is float64 [e + 1]: how often each expert was chosen since
+    `begin_step`, and the summed entropy, in nats, of the tokens' probabilities.
+    """
+
+    experts: nn.Module
+    tally_s: Tensor
+
+    def use_dispatch(self, dispatch: Dispatch) -> None: ...
+
+    def share_rows(self, parts: int, sum_counts: Callable[[Tensor], Tensor]) -> None:
+        """Every packed row is spread over `parts` ranks; `sum_counts` sums an int64 tensor over them."""
+        ...
+
+    def begin_step(self, scale: Tensor) -> None:
+        """Zeroes the tally. Auxiliary losses, sums over rows, are scaled by `scale`: 1 / (rows of the step x ranks that repeat the layer)."""
+        ...
+
+    def end_step(self, counts_e: Tensor) -> None:
+        """Moves the selection bias by the step's global counts, float64 [e], where the model balances its experts so."""
+        ...
+
+
 class Model(Protocol):
     """What training needs of an `nn.Module`: `forward(batch)` returns the loss *summed* over targets.
 

@@ -3,21 +3,40 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from paraxis.base.axes import Degrees
+from paraxis.base.axes import DEGREES, Degrees
 from paraxis.base.dtypes import PRECISIONS, Precision
 from paraxis.base.errors import ConfigError
+
+ContextKind = Literal["auto", "ring", "ulysses", "usp", "allgather"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How many ways each axis is split, and what FSDP trades memory for."""
+    """How many ways each axis is split, how pipelines and split sequences work, and what FSDP trades memory for."""
 
     dp: Annotated[int, "replicas that hold all parameters (replicated data parallelism)"] = 1
     fsdp: Annotated[int, "ways that parameters, gradients and optimizer state are sharded; -1 takes what is left"] = 1
     tp: Annotated[int, "tensor-parallel ranks, with sequence parallelism and a vocabulary-parallel loss"] = 1
+    pp: Annotated[int, "pipeline ranks, each with some of the layers"] = 1
+    cp: Annotated[int, "context-parallel ranks, each with some positions of every row"] = 1
+    ep: Annotated[int, "ways that experts are shared out among the fsdp x cp ranks, which it divides"] = 1
+    schedule: Annotated[
+        str, "pipeline schedule: gpipe, 1f1b, interleaved, bfs, zbh1, zbv, dualpipev, or a CSV file of actions; auto takes 1f1b"
+    ] = "auto"
+    microbatches: Annotated[
+        int, "micro-batches of a step; 0: as many as train.global_tokens asks for, and where that is 0 too, one (with pp: 2 x pp)"
+    ] = 0
+    stages_a_rank: Annotated[int, "pipeline stages of each rank; 0: 2 for interleaved, bfs, zbv and dualpipev, 1 for the others"] = 0
+    cuts: Annotated[tuple[int, ...], "layers of each pipeline stage, in order; empty: cut by cost, embedding and head counted"] = ()
+    cp_kind: Annotated[
+        ContextKind,
+        "how attention crosses cp: ring, ulysses (all-to-all over heads), usp (both), allgather; auto: ulysses where heads divide",
+    ] = "auto"
+    cp_ulysses: Annotated[int, "with usp: how many neighbours exchange heads (divides cp); the ring goes across them"] = 0
     reshard: Annotated[
         Literal["auto", "always", "never"],
-        "free a block's gathered parameters after its forward (always), or keep them for backward (never); auto frees them when fsdp > 1",
+        "free a block's gathered parameters after its forward (always), or keep them for backward (never); auto frees them when fsdp > 1, "
+        "except in a pipeline whose stages fit, where they are gathered once a step",
     ] = "auto"
     reduce: Annotated[
         Literal["auto", "micro_batch", "step"],
@@ -26,10 +45,30 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _ = self.degrees  # refuses degrees below one
+        for name in ("microbatches", "stages_a_rank", "cp_ulysses"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be 0 or more")
+        if any(layers < 1 for layers in self.cuts):
+            raise ConfigError(f"parallel.cuts={','.join(map(str, self.cuts))}: every stage needs a layer at least")
+        if self.cp_kind not in ("auto", "usp") and self.cp_ulysses:
+            raise ConfigError(f"parallel.cp_ulysses={self.cp_ulysses} is read by cp_kind=usp, not {self.cp_kind}; leave one of them out")
+        if self.cp_kind == "usp" and not self.cp_ulysses:
+            raise ConfigError("parallel.cp_kind=usp needs parallel.cp_ulysses: how many of the cp ranks exchange heads")
+        if self.cp_ulysses and self.cp % self.cp_ulysses:
+            raise ConfigError(f"parallel.cp_ulysses={self.cp_ulysses} does not divide parallel.cp={self.cp}; choose one that does")
+        self._refuse_idle_settings()
+
+    def _refuse_idle_settings(self) -> None:
+        """An explicit request is met or refused: settings of an axis that is not used are a mistake."""
+        for axis, names in (("pp", ("schedule", "stages_a_rank", "cuts")), ("cp", ("cp_kind", "cp_ulysses"))):
+            if getattr(self, axis) == 1 and (said := [name for name in names if getattr(self, name) not in ("auto", 0, ())]):
+                raise ConfigError(
+                    f"parallel.{said[0]}={getattr(self, said[0])} says nothing while parallel.{axis}=1; raise that, or leave this out"
+                )
 
     @property
     def degrees(self) -> Degrees:
-        return Degrees(dp=self.dp, fsdp=self.fsdp, tp=self.tp)
+        return Degrees(**{axis: getattr(self, axis) for axis in DEGREES})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("paraxis.cli.eval", "score text with a checkpoint: loss, perplexity, tokens"),
     "generate": ("paraxis.cli.generate", "continue a text with a checkpoint"),
     "convert": ("paraxis.cli.convert", "Hugging Face weights to a checkpoint, and back"),
+    "verify": ("paraxis.cli.verify", "prove that layouts compute the numbers of one process"),
     "bench": ("paraxis.cli.bench", "measure training steps, other systems beside them"),
 }
 

@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +25,15 @@ usage: paraxis convert import HF_DIR CKPT [options]
        paraxis convert export CKPT HF_DIR [options]
 
 Hugging Face weights (safetensors; never a pickle) to a checkpoint of ours, and back, with config.json and the tokenizer.
-Tensors are renamed and copied bit for bit, one at a time: neither way needs the memory that the model needs.
+Tensors are renamed and copied bit for bit, one at a time: neither way needs the memory that the model needs. Experts, which we
+stack, are one tensor each there. Weights in fp8 with a scale for each block come in as bf16, or as --dtype says; layers of
+multi-token prediction, which our models do not have, are left out, and import says which.
 
 import writes CKPT/step-0, which eval and generate take. export writes what transformers' AutoModelForCausalLM and
 AutoTokenizer load; its CKPT is a checkpoint, or a run's folder (its newest checkpoint). What is written to must be new or empty.
 
-  --dtype NAME       round floating-point weights once to fp32, bf16, fp16 or fp64 (default: as they are)
+  --dtype NAME       round floating-point weights once to fp32, bf16, fp16 or fp64 (default: as they are); what is not trained,
+                     such as the bias by which a router chooses experts, stays as it is
   --shard-size SIZE  of export: split the weights into files of at most this size, such as 500MB (default: 5GB)
   --recipe RECIPE    the recipe whose model this is, for a model that is not built in
   --debug            show tracebacks of errors
@@ -49,18 +54,17 @@ def run(arguments: list[str]) -> int:
         options = ("dtype", "recipe") if way == "import" else ("dtype", "recipe", "shard-size")
         parsed = parse_strictly(f"convert {way}", arguments[1:], names, options, ("debug", "help"))
         if "help" not in parsed.flags:
-            written = (_import if way == "import" else _export)(parsed)
-            print(f"wrote {written}")
-            return 0
+            return _import(parsed) if way == "import" else _export(parsed)
     elif not {"-h", "--help"} & set(arguments):
         raise ConfigError("convert goes one of two ways: convert import HF_DIR CKPT, or convert export CKPT HF_DIR")
     print(HELP, end="")
     return 0
 
 
-def _import(parsed: Arguments) -> Path:
+def _import(parsed: Arguments) -> int:
     # Here, so that help does not wait for torch.
-    from paraxis.checkpoint.hf import HuggingFaceWeights, import_hf
+    from paraxis.checkpoint.hf import import_hf
+    from paraxis.checkpoint.hf_source import HuggingFaceWeights
     from paraxis.cli.weights import open_weights, recipe_model
     from paraxis.models.registry import to_record
 
@@ -71,10 +75,14 @@ def _import(parsed: Arguments) -> Path:
     if not isinstance(weights.source, HuggingFaceWeights):
         raise CheckpointError(f"{source} is a checkpoint of ours already; import takes a Hugging Face folder")
     meta = {"step": 0, "model": to_record(weights.config)}
-    return import_hf(source, weights.keys, weights.shapes, destination, meta, weights.files, dtype)
+    written = import_hf(source, weights.keys, weights.shapes, destination, meta, weights.files, dtype, weights.exact)
+    for prefix, count in weights.source.left_out.items():
+        print(f"left out: {prefix} (multi-token prediction, {count:,} tensors)")
+    print(f"wrote {written}")
+    return 0
 
 
-def _export(parsed: Arguments) -> Path:
+def _export(parsed: Arguments) -> int:
     from paraxis.checkpoint.hf import EXPORT_SHARD_BYTES, export_hf
     from paraxis.checkpoint.load import Checkpoint
     from paraxis.cli.weights import check_fits, open_weights, recipe_model
@@ -87,8 +95,9 @@ def _export(parsed: Arguments) -> Path:
         raise CheckpointError(f"{source} holds Hugging Face weights already; export takes a checkpoint of ours")
     check_fits(weights.source, weights.shapes)
     config = hf_config(weights, dtype or stored_dtype(weights.source))
-    export_hf(weights.source, weights.keys, destination, config, hf_files(weights), shard_bytes, dtype)
-    return destination
+    export_hf(weights.source, weights.keys, destination, config, hf_files(weights), shard_bytes, dtype, weights.exact)
+    print(f"wrote {destination}")
+    return 0
 
 
 def _dtype(parsed: Arguments) -> "torch.dtype | None":
@@ -113,12 +122,15 @@ def size_bytes(text: str) -> int:
 
 
 def stored_dtype(checkpoint: "Checkpoint") -> "torch.dtype":
-    """The widest dtype of the model's tensors: for the config.json of an export, which has room for one."""
+    """The dtype of most of the model's entries: for the config.json of an export, which has room for one."""
     from paraxis.checkpoint.hf import MODEL
     from paraxis.checkpoint.tensor_file import DTYPES as BY_NAME
 
-    found = {tensor.dtype for name, tensor in checkpoint.tensors.items() if name.startswith(MODEL)}
-    return max((dtype for name, dtype in BY_NAME.items() if name in found), key=lambda dtype: dtype.itemsize)
+    entries: Counter[str] = Counter()
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith(MODEL):
+            entries[tensor.dtype] += prod(tensor.shape)
+    return BY_NAME[entries.most_common(1)[0][0]]
 
 
 def hf_config(weights: "Weights", dtype: "torch.dtype") -> dict[str, Any]:
@@ -130,6 +142,9 @@ def hf_config(weights: "Weights", dtype: "torch.dtype") -> dict[str, Any]:
     from paraxis.models.registry import to_hf, to_record
 
     config = dict(weights.hf_config)
+    config.pop("quantization_config", None)  # what import dequantised is exported so
+    if "num_nextn_predict_layers" in config:
+        config["num_nextn_predict_layers"] = 0  # import left them out
     if not config:
         config = asdict(weights.config) if to_record(weights.config) is None else to_hf(weights.config)
         if f"{TOKENIZER}tokenizer.json" in weights.files:

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
 
-from paraxis.base.axes import AXES, Degrees
+from paraxis.base.axes import Degrees
 from paraxis.base.config import Setting, describe, flatten, redact, suggestion, to_toml
 from paraxis.base.env import Environment, cores, read_environment
 from paraxis.base.errors import ConfigError
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
 def _run(parsed: Arguments, arguments: list[str]) -> int:
     # Here, so that help does not wait for torch.
     from paraxis.recipes.find import find
-    from paraxis.train.run import check
+    from paraxis.train.check import check
     from paraxis.train.worker import run_worker
 
     [recipe] = parsed.names
@@ -94,9 +94,9 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
 
 def _laid_out(settings: dict[str, object], layout: str) -> dict[str, object]:
     """`settings` with the degrees of `layout`, one for every axis; an axis that is set beside it is refused."""
-    from paraxis.base.layout import parse_layout
+    from paraxis.base.layout import layout_settings
 
-    degrees = {f"parallel.{axis}": degree for axis, degree in (dict.fromkeys(AXES, 1) | parse_layout(layout)).items()}
+    degrees = {f"parallel.{field}": value for field, value in layout_settings(layout).items()}
     if both := sorted(degrees.keys() & settings.keys()):
         raise ConfigError(f"--layout={layout} says every degree, and so does --{both[0]}; leave out one of the two")
     return {**settings, **degrees}

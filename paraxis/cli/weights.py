@@ -4,7 +4,6 @@ Nothing in a checkpoint is run. A model that we know by name is built from its r
 recipe that the user names, because a checkpoint must never name code to run.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from paraxis.base.device import Device
 from paraxis.base.errors import CheckpointError, ConfigError, DataError
 from paraxis.base.keys import KeyTable
-from paraxis.checkpoint.hf import MODEL, HuggingFaceWeights, matched
+from paraxis.checkpoint.hf import MODEL, fill, matched
+from paraxis.checkpoint.hf_source import HuggingFaceWeights, parse_config
 from paraxis.checkpoint.load import Checkpoint, newest, open_checkpoint
 from paraxis.checkpoint.manifest import MANIFEST
 from paraxis.data.tokens import Tokenizer
@@ -71,6 +71,11 @@ class Weights:
         return {name: tuple(parameter.shape) for name, parameter in self._blank.named_parameters()}
 
     @property
+    def exact(self) -> set[str]:
+        """The parameters that no dtype is asked of: those that are not trained, such as the bias of a router's choice."""
+        return {name for name, parameter in self._blank.named_parameters() if not parameter.requires_grad}
+
+    @property
     def keys(self) -> KeyTable:
         """Our names beside Hugging Face's. Raises ConfigError where a recipe's model does not say."""
         keys = getattr(self._blank, "keys", None)
@@ -89,13 +94,20 @@ class Weights:
     @property
     def hf_config(self) -> dict[str, Any]:
         """The config.json that came with the weights; empty where none did."""
-        return _config_json(self.files, self.path)
+        return parse_config(self.files.get(HF_CONFIG, b"{}"), self.path)
 
     def load(self, device: Device, dtype: torch.dtype) -> nn.Module:
-        """The model on `device`, its weights rounded once to `dtype`, ready to predict. Raises CheckpointError where they do not fit."""
+        """The model on `device`, its weights (but the `exact`) rounded once to `dtype`, ready to predict.
+
+        Raises CheckpointError where they do not fit.
+        """
         read = self._reader()
         with torch.device("meta"):
-            model = self.config.build().to(dtype)
+            model = self.config.build()
+        exact = self.exact
+        for name, parameter in model.named_parameters():
+            if name not in exact:
+                parameter.data = parameter.data.to(dtype)
         model.to_empty(device=device.torch)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -107,7 +119,7 @@ class Weights:
         source = self.source
         if isinstance(source, HuggingFaceWeights):
             theirs = matched(source, self.keys, self.shapes)
-            return lambda name, out: out.copy_(source.read(theirs[name]))
+            return lambda name, out: fill(out, source, theirs[name])
         check_fits(source, self.shapes)
         return lambda name, out: source.read(MODEL + name, out=out)
 
@@ -172,7 +184,7 @@ def open_weights(path: Path, config: Any = None) -> Weights:
             raise CheckpointError(
                 f"{path} holds no config.json, which says what model it is; get it, or name a recipe: --recipe=my.py:function"
             )
-        config = from_hf(_config_json(files, path))
+        config = from_hf(parse_config(files[HF_CONFIG], path))
     return Weights(weights, config, files)
 
 
@@ -205,13 +217,3 @@ def _recorded(checkpoint: Checkpoint) -> Any:
             "name the recipe: --recipe=my.py:function or, with the settings of the run, --recipe=RUN_DIR/config.toml"
         )
     return from_record(record)
-
-
-def _config_json(files: Mapping[str, bytes], path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(files.get(HF_CONFIG, b"{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: config.json is not valid JSON ({error}); get it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: config.json holds a {type(value).__name__}, not an object; get it again")
-    return value

@@ -16,16 +16,17 @@ from paraxis.base.layout import Gather, LayoutTable, Split
 from paraxis.base.seams import Attend, Batch, HeadLoss
 from paraxis.models.attention import Attention
 from paraxis.models.init import InitTable
+from paraxis.models.mla import MLA
 from paraxis.ops.attention import Sdpa
 from paraxis.ops.loss import chunked_head_loss
 from paraxis.ops.norm import RMSNorm
-from paraxis.ops.rope import RopeConfig, rope_tables
+from paraxis.ops.rope import RopeConfig, YarnConfig, rope_tables
 
 
 class Block(nn.Module):
     """One layer: attention, then the feed-forward, each on normalised input and added to the residual stream."""
 
-    def __init__(self, width: int, attention: Attention, mlp: nn.Module, norm_eps: float) -> None:
+    def __init__(self, width: int, attention: Attention | MLA, mlp: nn.Module, norm_eps: float) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(width, norm_eps)
         self.attention = attention
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
         width: int,
         blocks: Sequence[Block],
         norm_eps: float,
-        rope: RopeConfig,
+        rope: RopeConfig | YarnConfig,
         tied: bool,
         init: InitTable,
         keys: KeyTable,
@@ -68,39 +69,56 @@ class Decoder(nn.Module):
         self.rope, self.init, self.keys = rope, init, keys
         self.attend: Attend = Sdpa()
         self.head_loss: HeadLoss = chunked_head_loss
-        self.embed = nn.Embedding(vocab_size, width)
+        self.embed: nn.Embedding | None = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleDict({str(number): block for number, block in enumerate(blocks)})
-        self.norm = RMSNorm(width, norm_eps)
+        self.norm: RMSNorm | None = RMSNorm(width, norm_eps)
         self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss summed over the batch's targets, a scalar of at least fp32."""
-        x_btm = self.hidden(batch.tokens_bt, batch.positions_bt, batch.documents_bt)
-        return self.head_loss(x_btm, self.head_weight, batch.targets_bt)
+    def forward(self, batch: Batch, x_btm: Tensor | None = None) -> Tensor:
+        """The loss summed over the batch's targets, a scalar of at least fp32; of a pipeline's earlier stages, what they hand on."""
+        x_btm = self._through_blocks(self._embedded(batch.tokens_bt) if x_btm is None else x_btm, batch.positions_bt, batch.documents_bt)
+        if self.norm is None:
+            return x_btm
+        return self.head_loss(self.norm(x_btm), self.head_weight, batch.targets_bt)
 
     def logits(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
         """What the model predicts to follow each token: [b, t, v]. Positions count from 0 unless given."""
         if positions_bt is None:
             positions_bt = torch.arange(tokens_bt.shape[1], device=tokens_bt.device).expand_as(tokens_bt)
-        return F.linear(self.hidden(tokens_bt, positions_bt, documents_bt), self.head_weight)
+        assert self.norm is not None, "a pipeline's earlier stages have no logits"
+        return F.linear(self.norm(self._through_blocks(self._embedded(tokens_bt), positions_bt, documents_bt)), self.head_weight)
 
-    def hidden(self, tokens_bt: Tensor, positions_bt: Tensor, documents_bt: Tensor | None) -> Tensor:
-        """The last normalised hidden states, [b, t, m]."""
-        x_btm = self.embed(tokens_bt)
-        cos_btf, sin_btf = rope_tables(positions_bt, self.rope, self.head_width, dtype=x_btm.dtype)
+    def _embedded(self, tokens_bt: Tensor) -> Tensor:
+        assert self.embed is not None, "a pipeline's later stages take the activations of the one before"
+        return self.embed(tokens_bt)
+
+    def _through_blocks(self, x_btm: Tensor, positions_bt: Tensor, documents_bt: Tensor | None) -> Tensor:
+        cos_btf, sin_btf = rope_tables(positions_bt, self.rope, self.rope_width, dtype=x_btm.dtype)
         mask = self.attend.mask(documents_bt)
         for block in self.blocks():
             x_btm = block(x_btm, cos_btf, sin_btf, mask)
-        return self.norm(x_btm)
+        return x_btm
+
+    def keep(self, layers: range) -> None:
+        """Becomes the pipeline stage that runs `layers`. A tied embedding stays at both ends."""
+        last = layers.stop == len(self.layers)
+        if layers.start and not (last and self.head is None):
+            self.embed = None
+        if not last:
+            self.norm = self.head = None
+        self.layers = nn.ModuleDict({str(number): self.layers[str(number)] for number in layers})
 
     @property
     def head_weight(self) -> Tensor:
         """The vocabulary projection [v, m]: the head's, or the embedding where they are tied."""
-        return self.embed.weight if self.head is None else self.head.weight
+        projection = self.embed if self.head is None else self.head
+        assert projection is not None
+        return projection.weight
 
     @property
-    def head_width(self) -> int:
-        return self.blocks()[0].attention.head_width
+    def rope_width(self) -> int:
+        """How much of a head positions turn."""
+        return self.blocks()[0].attention.rope_width
 
     def blocks(self) -> list[Block]:
         """The repeated units that are compiled, recomputed and gathered one at a time."""

@@ -12,7 +12,7 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     """The LlamaConfig of a `config.json` whose model_type is "llama". Raises ConfigError for what this decoder does not compute."""
     for name, supported in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if (value := config.get(name, supported)) != supported:
-            raise ConfigError(f"config.json: {name}={value!r} is not supported; this Llama has {name}={supported!r} only")
+            raise ConfigError(f"config.json: {name}={value!r} is not supported; this decoder has {name}={supported!r} only")
     try:
         heads = config["num_attention_heads"]
         return LlamaConfig(
@@ -30,7 +30,7 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
             init_std=config.get("initializer_range", 0.02),
         )
     except KeyError as error:
-        raise ConfigError(f"config.json has no {error}, which a Llama needs; is it the config.json of a Llama?") from None
+        raise ConfigError(f"config.json has no {error}, which a decoder like Llama needs; is it the config.json of one?") from None
 
 
 def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
@@ -41,7 +41,7 @@ def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind != "llama3":
-        raise ConfigError(f"config.json: rope type {kind!r} is not supported; this Llama knows 'default' and 'llama3'")
+        raise ConfigError(f"config.json: rope type {kind!r} is not supported; this decoder knows 'default' and 'llama3'")
     return RopeConfig(
         theta=theta,
         factor=rope["factor"],
@@ -49,6 +49,17 @@ def _rope_from_hf(config: Mapping[str, Any]) -> RopeConfig:
         high_frequency_factor=rope["high_freq_factor"],
         original_context=rope["original_max_position_embeddings"],
     )
+
+
+def refuse_window(config: Mapping[str, Any], window: int | None, known: str) -> None:
+    """Raises ConfigError for a sliding window that positions within max_position_embeddings would notice. `known` is a next move."""
+    positions = config["max_position_embeddings"]
+    if window is not None and window < positions:
+        raise ConfigError(
+            f"config.json: sliding_window={window} under max_position_embeddings={positions} is not supported; every layer here attends "
+            f"to the whole row, which is the same only for rows of up to {window}. {known}; or, for such rows, lower "
+            f"max_position_embeddings to {window}"
+        )
 
 
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:

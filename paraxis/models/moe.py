@@ -4,17 +4,30 @@ b rows, t positions, n = b * t tokens, m model width, e experts, k chosen for a 
 f width inside an expert.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paraxis.base.dtypes import at_least_fp32
 from paraxis.base.errors import ConfigError
+from paraxis.base.seams import Dispatch
 from paraxis.models.mlp import MLP
 from paraxis.ops.grouped import grouped_linear
-from paraxis.ops.routing import Routing, RoutingConfig, balance_loss, inject, route, z_loss
+from paraxis.ops.routing import (
+    Routing,
+    RoutingConfig,
+    balance_loss,
+    count_experts,
+    entropy,
+    inject,
+    reorder,
+    route,
+    router_logits,
+    sort_by_expert,
+    tally_in_backward,
+    z_loss,
+)
 
 
 class Experts(nn.Module):
@@ -35,59 +48,102 @@ class Experts(nn.Module):
         return grouped_linear(F.silu(gate_sf) * up_sf, self.down_proj, counts_e)
 
 
-class Dispatch(Protocol):
-    """Runs experts on rows sorted by expert, wherever the experts live; the outputs come back in the same order."""
-
-    def __call__(self, x_sm: Tensor, counts_e: Tensor, experts: Experts) -> Tensor: ...
-
-
-def dispatch_here(x_sm: Tensor, counts_e: Tensor, experts: Experts) -> Tensor:
+def dispatch_here(x_sm: Tensor, counts_e: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """All experts are on this device."""
     return experts(x_sm, counts_e)
 
 
-class MoE(nn.Module):
-    """sum over a token's experts of weight * expert(x), plus the shared expert's output where there is one.
+def _alone(counts: Tensor) -> Tensor:
+    """The sum over the one rank that has a row."""
+    return counts
 
-    Balance and z-loss enter the gradient here (`inject`), summed over rows and times `auxiliary_scale`. Whoever trains sets that to
-    1 / (rows of the step), a number or a scalar tensor, before the step's first forward; where several ranks run the layer on the
-    same rows and their gradients are summed, to that over their number.
+
+class MoE(nn.Module):
+    """sum over a token's experts of weight * expert(x), plus the shared expert's output where there is one. A `Routed` (base/seams.py).
+
+    Balance and z-loss enter the gradient here (`inject`), summed over rows and times the scale that `begin_step` was given: 1 / (rows of
+    the step), or, where several ranks run the layer on the same rows and their gradients are summed, that over their number.
     """
+
+    # Its backward has effects beside gradients, and a dispatch may read counts on the host: a compiled block leaves it as it is.
+    traceable = False
+
+    tally_s: Tensor
 
     def __init__(self, width: int, expert_width: int, routing: RoutingConfig, shared_width: int = 0) -> None:
         super().__init__()
         self.routing = routing
-        self.dispatch: Dispatch = dispatch_here
-        self.auxiliary_scale: float | Tensor | None = None
         self.router = nn.Linear(width, routing.experts, bias=False)
+        self.bias = nn.Parameter(torch.zeros(routing.experts, dtype=torch.float32), requires_grad=False) if routing.has_bias else None
         self.experts = Experts(routing.experts, width, expert_width)
         self.shared = MLP(width, shared_width) if shared_width else None
+        self.register_buffer("tally_s", torch.zeros(routing.experts + 1, dtype=torch.float64), persistent=False)
+        self._dispatch: Dispatch = dispatch_here
+        self._parts, self._sum_counts = 1, _alone
+        self._scale: Tensor | None = None
 
     def forward(self, x_btm: Tensor) -> Tensor:
         x_nm = x_btm.flatten(0, -2)
-        # Of at least fp32: near ties between experts would otherwise be settled by rounding.
-        logits_ne = F.linear(at_least_fp32(x_nm), at_least_fp32(self.router.weight))
-        routing = route(logits_ne, self.routing)
+        logits_ne = router_logits(x_nm, self.router.weight)
+        routing = route(logits_ne, self.routing, self.bias)
         if (self.routing.balance_loss or self.routing.z_loss) and torch.is_grad_enabled():
             x_nm = inject(x_nm, self._auxiliary_loss(logits_ne, routing, rows=x_btm.shape[0]))
         y_nm = self._routed(x_nm, routing)
         if self.shared is not None:
             y_nm = y_nm + self.shared(x_nm)
+        if torch.is_grad_enabled():
+            seen_s = torch.cat([routing.counts_e.double(), entropy(routing.probability_ne).unsqueeze(0)])
+            y_nm = tally_in_backward(y_nm, self.tally_s, seen_s)
         return y_nm.view_as(x_btm)
 
+    def use_dispatch(self, dispatch: Dispatch) -> None:
+        """Runs the experts with `dispatch` from now on."""
+        self._dispatch = dispatch
+
+    def share_rows(self, parts: int, sum_counts: Callable[[Tensor], Tensor]) -> None:
+        """Each packed row is spread over `parts` ranks from now on; `sum_counts` sums an int64 tensor over them."""
+        self._parts, self._sum_counts = parts, sum_counts
+
+    def begin_step(self, scale: Tensor) -> None:
+        """Zeroes the tally; auxiliary losses are scaled by `scale` until the next step."""
+        self._scale = scale
+        self.tally_s.zero_()
+
+    @torch.no_grad()
+    def end_step(self, counts_e: Tensor) -> None:
+        """Moves the selection bias by `bias_rate`: up for experts chosen less often than the mean of the step's counts, else down."""
+        if self.bias is not None and self.routing.bias_rate:
+            behind_e = counts_e.sum() - counts_e * counts_e.numel()  # times e: whole numbers, so that an even count is seen as even
+            self.bias.add_(behind_e.sign().to(self.bias), alpha=self.routing.bias_rate)
+
     def _routed(self, x_nm: Tensor, routing: Routing) -> Tensor:
-        order_s = routing.expert_nk.flatten().argsort(stable=True)
-        x_sm = x_nm.index_select(0, order_s // self.routing.chosen)
-        y_sm = self.dispatch(x_sm, routing.counts_e, self.experts)
+        chosen = self.routing.chosen
+        order_s, inverse_s = sort_by_expert(routing.expert_nk.flatten())
+        y_sm = self._dispatch(reorder(x_nm, order_s, inverse_s, chosen), routing.counts_e, self.experts)
         # Back in token order each token's outputs lie together, so the weighted sum is a product and needs no atomic additions.
-        y_nkm = y_sm.index_select(0, order_s.argsort()).unflatten(0, (-1, self.routing.chosen))
+        y_nkm = reorder(y_sm, inverse_s, order_s).unflatten(0, (-1, chosen))
         return (routing.weight_nk.to(y_nkm.dtype).unsqueeze(1) @ y_nkm).squeeze(1)
 
     def _auxiliary_loss(self, logits_ne: Tensor, routing: Routing, rows: int) -> Tensor:
-        if self.auxiliary_scale is None:
+        config = self.routing
+        if self._scale is None:
             raise ConfigError(
-                f"routing.balance_loss={self.routing.balance_loss} and routing.z_loss={self.routing.z_loss} need a training step that "
-                "says how many rows it has, which this release does not; set both to 0"
+                f"routing.balance_loss={config.balance_loss} and routing.z_loss={config.z_loss} need a scale: call "
+                "begin_step(1 / rows of the step) on this layer before the step's first forward, or set both to 0"
             )
-        loss = self.routing.balance_loss * balance_loss(routing, rows) + self.routing.z_loss * z_loss(logits_ne, rows)
-        return loss * self.auxiliary_scale
+        loss = config.z_loss * z_loss(logits_ne, rows, self._parts)
+        if config.balance_loss:
+            counts_be = self._sum_counts(count_experts(routing.expert_nk, config.experts, rows))
+            loss = loss + config.balance_loss * balance_loss(routing.probability_ne, counts_be, self._parts)
+        return loss * self._scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MoE":
+        """Where every cast and move of a module passes: neither the bias nor the tally is rounded to a narrower dtype."""
+        exact = (self.bias, self.tally_s)
+
+        def unrounded(x: Tensor) -> Tensor:
+            y = fn(x)
+            narrower = y.dtype.itemsize < x.dtype.itemsize and any(x is kept for kept in exact)
+            return x.to(y.device) if narrower else y
+
+        return super()._apply(unrounded, recurse)  # type: ignore[return-value]

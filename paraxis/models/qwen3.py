@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from paraxis.base.keys import KeyTable
-from paraxis.base.layout import LayoutTable, Whole
+from paraxis.base.keys import KeyTable, Stacked
+from paraxis.base.layout import LayoutTable, Partial, Split
 from paraxis.models import llama
 from paraxis.models.attention import Attention
 from paraxis.models.decoder import Block, Decoder
@@ -24,9 +24,11 @@ KEYS = llama.KEYS | {
     "layers.{i}.attention.q_norm.weight": "model.layers.{i}.self_attn.q_norm.weight",
     "layers.{i}.attention.k_norm.weight": "model.layers.{i}.self_attn.k_norm.weight",
 }
-# Hugging Face keeps one tensor for each expert where we keep one for all: no renaming tells of that, so experts have no row.
-MOE_KEYS = {ours: theirs for ours, theirs in KEYS.items() if ".mlp." not in ours} | {
+MOE_KEYS: dict[str, str | Stacked] = {ours: theirs for ours, theirs in KEYS.items() if ".mlp." not in ours} | {
     "layers.{i}.mlp.router.weight": "model.layers.{i}.mlp.gate.weight",
+    "layers.{i}.mlp.experts.gate_proj": Stacked("model.layers.{i}.mlp.experts.{e}.gate_proj.weight", transpose=True),
+    "layers.{i}.mlp.experts.up_proj": Stacked("model.layers.{i}.mlp.experts.{e}.up_proj.weight", transpose=True),
+    "layers.{i}.mlp.experts.down_proj": Stacked("model.layers.{i}.mlp.experts.{e}.down_proj.weight", transpose=True),
 }
 
 
@@ -77,9 +79,15 @@ class Qwen3MoEConfig(Qwen3Config):
 
 
 class MoEDecoder(Decoder):
-    """A decoder whose routers see whole rows: each rank of `tp` runs all of a layer's experts and keeps its own positions."""
+    """A decoder whose routers see whole rows on each rank of `tp`, and whose experts are cut by expert and along their hidden features."""
 
-    layout: ClassVar[LayoutTable] = {**Decoder.layout, "layers.*.mlp": Whole()}
+    layout: ClassVar[LayoutTable] = {
+        **{pattern: rule for pattern, rule in Decoder.layout.items() if ".mlp" not in pattern},
+        "layers.*.mlp": Partial(),
+        "layers.*.mlp.experts.gate_proj": (Split("ep", 0), Split("tp", 2)),
+        "layers.*.mlp.experts.up_proj": (Split("ep", 0), Split("tp", 2)),
+        "layers.*.mlp.experts.down_proj": (Split("ep", 0), Split("tp", 1)),
+    }
 
 
 def moe_init_table(config: Qwen3MoEConfig) -> dict[str, Init]:

@@ -5,20 +5,41 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, get_type_hints
 
 from paraxis.base.errors import CheckpointError, ConfigError
-from paraxis.models import llama_hf, qwen3_hf
+from paraxis.models import deepseek_hf, llama_hf, mistral_hf, qwen2_hf, qwen3_hf
+from paraxis.models.deepseek import DeepSeekConfig
 from paraxis.models.llama import LlamaConfig
+from paraxis.models.mistral import MistralConfig
+from paraxis.models.qwen2 import Qwen2Config
 from paraxis.models.qwen3 import Qwen3Config, Qwen3MoEConfig
 
-MODELS: dict[str, type[LlamaConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoEConfig}
+Known = LlamaConfig | DeepSeekConfig
+
+MODELS: dict[str, type[Known]] = {
+    "deepseek": DeepSeekConfig,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoEConfig,
+}
 
 # By Hugging Face's model_type.
-FROM_HF: dict[str, Callable[[Mapping[str, Any]], LlamaConfig]] = {
+FROM_HF: dict[str, Callable[[Mapping[str, Any]], Known]] = {
+    "deepseek_v2": deepseek_hf.config_from_hf,
+    "deepseek_v3": deepseek_hf.config_from_hf,
     "llama": llama_hf.config_from_hf,
+    "mistral": mistral_hf.config_from_hf,
+    "qwen2": qwen2_hf.config_from_hf,
     "qwen3": qwen3_hf.config_from_hf,
+    "qwen3_moe": qwen3_hf.moe_config_from_hf,
 }
 TO_HF: dict[type, Callable[[Any], dict[str, Any]]] = {
+    DeepSeekConfig: deepseek_hf.config_to_hf,
     LlamaConfig: llama_hf.config_to_hf,
+    MistralConfig: mistral_hf.config_to_hf,
+    Qwen2Config: qwen2_hf.config_to_hf,
     Qwen3Config: qwen3_hf.config_to_hf,
+    Qwen3MoEConfig: qwen3_hf.moe_config_to_hf,
 }
 
 
@@ -30,7 +51,7 @@ def to_record(config: Any) -> dict[str, Any] | None:
     return None
 
 
-def from_record(record: Mapping[str, Any]) -> LlamaConfig:
+def from_record(record: Mapping[str, Any]) -> Known:
     """The configuration that `to_record` wrote down. Raises CheckpointError for a kind or field unknown here."""
     kind = record.get("kind")
     if kind not in MODELS:
@@ -46,7 +67,7 @@ def _rebuild(kind: type, values: Mapping[str, Any]) -> Any:
     return kind(**{name: _rebuild(types[name], value) if is_dataclass(types.get(name)) else value for name, value in values.items()})
 
 
-def from_hf(config_json: Mapping[str, Any]) -> LlamaConfig:
+def from_hf(config_json: Mapping[str, Any]) -> Known:
     """The configuration of a Hugging Face `config.json`. Raises ConfigError for a model_type or a feature we do not have."""
     model_type = config_json.get("model_type")
     if model_type not in FROM_HF:

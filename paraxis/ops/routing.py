@@ -2,9 +2,10 @@
 
 Top-k gating: Shazeer et al. 2017 (arXiv:1701.06538). Balance loss: Fedus et al. 2021 (Switch, arXiv:2101.03961, eq. 4), for k experts and
 one packed row as DeepSeek-V3 states it (arXiv:2412.19437, eq. 17-20). z-loss: Zoph et al. 2022 (ST-MoE, arXiv:2202.08906, eq. 5).
-Group-limited selection: DeepSeek-V2 (arXiv:2405.04434, section 2.2.2). Sigmoid gate and selection bias: DeepSeek-V3, section 2.1.2.
+Group-limited selection: DeepSeek-V2 (arXiv:2405.04434, section 2.2.2). Sigmoid gate: DeepSeek-V3, section 2.1.2. Selection bias: there,
+and Wang et al. 2024 (arXiv:2408.15664, algorithm 1).
 
-n tokens, e experts, k chosen for a token, g groups, b rows.
+n tokens, m model width, e experts, k chosen for a token, s = n * k pairs of a token and an expert, g groups, b rows.
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class RoutingConfig:
     group_score: Annotated[Literal["max", "top2"], "a group's score: its best expert's (V2), or the sum of its best two (V3)"] = "max"
     balance_loss: Annotated[float, "coefficient of the balance loss; 0 turns it off"] = 0.0
     z_loss: Annotated[float, "coefficient of the z-loss; 0 turns it off"] = 0.0
+    bias_rate: Annotated[float, "how far an expert's selection bias moves in a step, towards even use; 0 leaves it where it is"] = 0.0
+    biased: Annotated[bool, "have a selection bias even if bias_rate is 0, as weights trained with one need"] = False
 
     def __post_init__(self) -> None:
         for name in ("experts", "chosen", "groups", "chosen_groups"):
@@ -52,9 +55,14 @@ class RoutingConfig:
             raise ConfigError(f"routing.chosen={self.chosen} is more than the {reach} experts a token can reach; lower it")
         if self.scale <= 0:
             raise ConfigError(f"routing.scale={self.scale} must be over 0")
-        for name in ("balance_loss", "z_loss"):
+        for name in ("balance_loss", "z_loss", "bias_rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"routing.{name}={getattr(self, name)} must not be negative; 0 turns it off")
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether experts are chosen with a bias."""
+        return self.biased or self.bias_rate > 0
 
 
 @dataclass(frozen=True)
@@ -96,21 +104,29 @@ def count_experts(expert_nk: Tensor, experts: int, rows: int) -> Tensor:
     return slots.index_add_(0, slot_bi.flatten(), torch.ones_like(slot_bi.flatten())).view(rows, experts)
 
 
-def balance_loss(routing: Routing, rows: int) -> Tensor:
+def balance_loss(probability_ne: Tensor, counts_be: Tensor, parts: int = 1) -> Tensor:
     """The sum over rows of sum_e f_e P_e: P_e is the row's mean probability of expert e, f_e its share of choices times e.
 
-    1 for a row whose experts are evenly used. Only P has a gradient. n is `rows` equal rows, one after the other.
+    1 for a row whose experts are evenly used. Only P has a gradient. n is b equal rows, one after the other, or one of `parts` equal
+    parts of each: then counts_be is still of whole rows, and the sum over parts is the whole's loss.
     """
-    experts = routing.probability_ne.shape[-1]
-    mean_be = routing.probability_ne.unflatten(0, (rows, -1)).mean(1)
-    chosen_be = count_experts(routing.expert_nk, experts, rows).to(mean_be.dtype)
-    share_be = chosen_be * (experts / (routing.expert_nk.numel() // rows))
-    return (share_be * mean_be).sum()
+    rows, experts = counts_be.shape
+    mean_be = probability_ne.unflatten(0, (rows, -1)).mean(1) / parts
+    chosen_be = counts_be.to(mean_be.dtype)
+    return (chosen_be * (experts / chosen_be.sum(1, keepdim=True)) * mean_be).sum()
 
 
-def z_loss(logits_ne: Tensor, rows: int) -> Tensor:
-    """The sum over rows of the row's mean of logsumexp(logits)^2, which keeps logits small and so well rounded."""
-    return at_least_fp32(logits_ne).logsumexp(-1).square().mean() * rows
+def z_loss(logits_ne: Tensor, rows: int, parts: int = 1) -> Tensor:
+    """The sum over rows of the row's mean of logsumexp(logits)^2, which keeps logits small and so well rounded.
+
+    Of one of `parts` equal parts of each row, its share in that.
+    """
+    return at_least_fp32(logits_ne).logsumexp(-1).square().mean() * (rows / parts)
+
+
+def entropy(probability_ne: Tensor) -> Tensor:
+    """The summed entropy of the tokens' probabilities, in nats: a float64 scalar without gradient."""
+    return torch.special.entr(probability_ne.detach()).sum(dtype=torch.float64)
 
 
 def inject(x: Tensor, loss: Tensor) -> Tensor:
@@ -131,6 +147,81 @@ class _Inject(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         (loss,) = ctx.saved_tensors
         return gradient, torch.ones_like(loss)
+
+
+def tally_in_backward(x: Tensor, tally: Tensor, seen: Tensor) -> Tensor:
+    """`x`, such that a backward through it adds `seen` to `tally`.
+
+    So a micro-batch is counted once: evaluation has no backward, and what is computed again in one belongs to a single backward.
+    """
+    return _Tally.apply(x, tally, seen)
+
+
+class _Tally(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tally: Tensor, seen: Tensor) -> Tensor:
+        ctx.tally = tally  # not saved as the graph's own tensors are: it is meant to change before backward
+        ctx.save_for_backward(seen)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (seen,) = ctx.saved_tensors
+        ctx.tally.add_(seen)
+        return gradient, None, None
+
+
+def router_logits(x_nm: Tensor, weight_em: Tensor) -> Tensor:
+    """x W^T in at least fp32: [n, e]. Near ties between experts would otherwise be settled by rounding.
+
+    What it keeps for backward is of the dtype that came.
+    """
+    return _RouterLogits.apply(x_nm, weight_em)
+
+
+class _RouterLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nm: Tensor, weight_em: Tensor) -> Tensor:
+        ctx.save_for_backward(x_nm, weight_em)
+        return at_least_fp32(x_nm) @ at_least_fp32(weight_em).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient_ne: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x_nm, weight_em = ctx.saved_tensors
+        of_x = (gradient_ne @ at_least_fp32(weight_em)).to(x_nm.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = (gradient_ne.T @ at_least_fp32(x_nm)).to(weight_em.dtype) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight
+
+
+def sort_by_expert(expert_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pair stands at each place once pairs are sorted by expert (equals stay in order), and the place of each pair: the inverse."""
+    order_s = expert_s.argsort(stable=True)
+    places_s = torch.arange(order_s.numel(), device=order_s.device)
+    return order_s, torch.empty_like(order_s).scatter_(0, order_s, places_s)
+
+
+def reorder(x_nm: Tensor, order_s: Tensor, inverse_s: Tensor, copies: int = 1) -> Tensor:
+    """The rows of x_nm, each `copies` times in succession, in another order: [s, m].
+
+    Its gradient is gathered too, and a row's copies summed in their order: scattered additions would sum them in any order, rounding each.
+    """
+    return _Reorder.apply(x_nm, order_s, inverse_s, copies)
+
+
+class _Reorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nm: Tensor, order_s: Tensor, inverse_s: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse_s)
+        ctx.copies = copies
+        return x_nm.index_select(0, order_s if copies == 1 else order_s // copies)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_sm: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (inverse_s,) = ctx.saved_tensors
+        gradient_sm = gradient_sm.index_select(0, inverse_s)
+        if ctx.copies > 1:
+            gradient_sm = gradient_sm.unflatten(0, (-1, ctx.copies)).sum(1)
+        return gradient_sm, None, None, None
 
 
 def _within_best_groups(preference_ne: Tensor, config: RoutingConfig) -> Tensor:

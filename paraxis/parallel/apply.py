@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from paraxis.base.layout import Placed, place
 from paraxis.base.seams import HasHeadLoss
 from paraxis.base.strategy import Strategy
 from paraxis.ops.loss import chunked_head_loss
-from paraxis.parallel.fsdp import shard_parameters
+from paraxis.parallel.collectives import sum_over
+from paraxis.parallel.expert import ExpertDispatch
+from paraxis.parallel.fsdp import routed_layers, shard_parameters
 from paraxis.parallel.grads import Shard
 from paraxis.parallel.mesh import Mesh
 from paraxis.parallel.remat import checkpoint_blocks
@@ -23,39 +25,57 @@ Fill = Callable[[Tensor, Placed], None]
 
 
 def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill) -> list[Shard]:
-    """Spreads a model built on the meta device over the mesh and gives its parameters their first values.
+    """Spreads a model, or one stage of it, built on the meta device over the mesh and gives its parameters their first values.
 
     `fill(local, placed)` writes this rank's stored part of one parameter. Returns the parameters in model order.
     Raises ConfigError where a split does not divide a parameter.
     """
     layout: Any = getattr(model, "layout", {})
     blocks: Sequence[nn.Module] = model.blocks() if hasattr(model, "blocks") else ()  # type: ignore[operator]
+    degrees = mesh.degrees
     model.to(strategy.precision.master)
-    placed = {name: place(name, tuple(p.shape), layout, mesh.degrees, mesh.at) for name, p in model.named_parameters()}
-    if mesh.degrees.tp > 1:
-        shard_tensors(model, layout, placed, mesh.tp)
+    placed = {
+        name: place(name, tuple(p.shape), layout, degrees, mesh.at, frozen=not p.requires_grad) for name, p in model.named_parameters()
+    }
+    shard_tensors(model, layout, placed, mesh)
+    exchange(model, mesh)
     if isinstance(model, HasHeadLoss):
         fused = strategy.compile == "inductor"
-        vocabulary_parallel = mesh.degrees.tp > 1
-        model.use_head_loss(VocabularyParallelLoss(mesh.tp, fused) if vocabulary_parallel else partial(chunked_head_loss, compiled=fused))
+        model.use_head_loss(VocabularyParallelLoss(mesh.tp, fused) if degrees.tp > 1 else partial(chunked_head_loss, compiled=fused))
     checkpoint_blocks(blocks, strategy.remat)
-    compile_blocks(blocks, strategy.compile)  # after recomputation, which it then sees; before FSDP, whose hooks must stay eager
-    shard_parameters(model, blocks, mesh.sharding, strategy.precision, strategy.reshard)
+    compile_blocks(blocks, strategy.compile, whole=degrees.cp == 1)  # after recomputation, which it then sees; before FSDP's eager hooks
+    shard_parameters(model, blocks, mesh, strategy.precision, strategy.reshard, placed)
     model.to_empty(device=mesh.world.device.torch)
     return [_filled(parameter, placed[name], fill) for name, parameter in model.named_parameters()]
 
 
-def compile_blocks(blocks: Sequence[nn.Module], backend: str) -> None:
-    """Compiles each block's forward, whole and for the shapes it meets; blocks of one kind share what was compiled."""
+def exchange(model: nn.Module, mesh: Mesh) -> None:
+    """Tells mixture-of-experts layers where their experts are, and with whom they share rows."""
+    for layer in routed_layers(model):
+        if mesh.ep is not None:
+            layer.use_dispatch(ExpertDispatch(mesh.ep))
+        if mesh.degrees.cp > 1:
+            layer.share_rows(mesh.degrees.cp, partial(sum_over, group=mesh.cp))
+
+
+def compile_blocks(blocks: Sequence[nn.Module], backend: str, whole: bool) -> None:
+    """Compiles each block's forward for the shapes it meets; blocks of one kind share what was compiled.
+
+    `whole`: in one piece. Modules with `traceable = False`, and attention across ranks, run eagerly between compiled pieces.
+    """
     if backend == "none":
         return
     for block in blocks:
-        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
+        opaque = [module for module in block.modules() if not getattr(module, "traceable", True)]
+        for module in opaque:
+            module.forward = torch.compiler.disable(module.forward)
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=whole and not opaque, dynamic=False)
 
 
 def _filled(parameter: nn.Parameter, placed: Placed, fill: Fill) -> Shard:
     with torch.no_grad():
-        local = nn.Parameter(cast(DTensor, parameter).to_local(), requires_grad=parameter.requires_grad)
+        stored = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        local = nn.Parameter(stored, requires_grad=parameter.requires_grad)
         assert tuple(local.shape) == placed.stored.sizes, (placed, local.shape)
         if local.numel():
             fill(local, placed)

@@ -12,7 +12,7 @@ b batch rows, T positions of the sequence, t = T/n those of a rank, h query head
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from paraxis.base.dtypes import at_least_fp32
 from paraxis.base.errors import ConfigError
-from paraxis.base.seams import Attend
+from paraxis.base.seams import Attend, Batch
 from paraxis.ops.attention_parts import Merged, Parts
 from paraxis.parallel.collectives import Group, gather_sequence
+from paraxis.parallel.mesh import Mesh
 
 
 def zigzag_positions(length: int, ranks: int, rank: int) -> Tensor:
@@ -50,6 +51,20 @@ def join_zigzag(shards: Tensor) -> Tensor:
     pieces = shards.unflatten(2, (2, -1))
     both = torch.stack([pieces[:, :, 0], pieces[:, :, 1].flip(0)])  # [2, n, b, t/2, ...]
     return both.movedim(2, 0).flatten(1, 3)
+
+
+def gather_zigzag(x: Tensor, group: Group) -> Tensor:
+    """[b, t, ...], this rank's positions, to [b, T, ...] in natural order. Backward sums the ranks' gradients of this rank's positions."""
+    return join_zigzag(gather_sequence(x, group).unflatten(1, (group.size(), -1)).movedim(1, 0))
+
+
+def own_part(batch: Batch, ranks: int, rank: int) -> Batch:
+    """The same rows with this rank's positions alone, of every field that has one value a position."""
+    if ranks == 1:
+        return batch
+    tensors = {f.name: x for f in fields(batch) if isinstance(x := getattr(batch, f.name), Tensor)}
+    sequences = {name: x for name, x in tensors.items() if x.shape[:2] == batch.tokens_bt.shape}
+    return replace(batch, **{name: split_zigzag(x, ranks)[rank].contiguous() for name, x in sequences.items()})
 
 
 def _pieces_of(rank: int, ranks: int) -> tuple[int, int]:
@@ -178,8 +193,7 @@ class AllGatherAttention:
         return Plan([Step(documents.blocks(_pieces_of(rank, ranks), range(2 * ranks)), documents.natural_bt)], documents_bt)
 
     def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Plan | None) -> Tensor:
-        ranks = self.group.size()
-        k, v = (join_zigzag(gather_sequence(x, self.group).unflatten(1, (ranks, -1)).movedim(1, 0)) for x in (k_bsgd, v_bsgd))
+        k, v = (gather_zigzag(x, self.group) for x in (k_bsgd, v_bsgd))
         return self._attend(q_bthd, k, v, mask or Plan([Step(self._whole_blocks(q_bthd.shape[1] // 2))]), self.parts, None)
 
     def _whole_blocks(self, piece: int) -> list[Block]:
@@ -207,8 +221,7 @@ class UlyssesAttention:
         """Whatever `attend` makes of the document numbers of all positions."""
         if documents_bt is None:
             return self.attend.mask(None)
-        shards_nbt = gather_sequence(documents_bt, self.group).unflatten(1, (self.group.size(), -1)).movedim(1, 0)
-        return self.attend.mask(join_zigzag(shards_nbt))
+        return self.attend.mask(gather_zigzag(documents_bt, self.group))
 
     def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Any) -> Tensor:
         copies = kv_copies(q_bthd.shape[2], k_bsgd.shape[2], self.group.size())
@@ -238,6 +251,16 @@ def kv_copies(heads: int, kv_heads: int, ranks: int) -> int:
         )
     per_kv_head = heads // kv_heads
     return next(n for n in range(1, per_kv_head + 1) if per_kv_head % n == 0 and kv_heads * n % ranks == 0)
+
+
+def context_attention(kind: str, ulysses: int, mesh: Mesh, attend: Attend, parts: Parts) -> Attend:
+    """The attention called `kind` over the mesh's `cp` ranks: `attend` where a rank has whole rows of some heads, `parts` in rings."""
+    if kind == "ulysses":
+        return UlyssesAttention(mesh.cp, attend)
+    if kind == "usp":
+        inner, outer = mesh.context_grid(ulysses)
+        return usp_attention(inner, outer, parts)
+    return RingAttention(mesh.cp, parts) if kind == "ring" else AllGatherAttention(mesh.cp, parts)
 
 
 def usp_attention(inner: Group, outer: Group, parts: Parts) -> UlyssesAttention:

@@ -58,17 +58,17 @@ def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def multiply(layer: nn.Linear, x: Tensor, owed: OwedGradients) -> Tensor:
-    """The linear layer's output, whose backward may leave the weight's gradient to `owed`."""
-    return _Linear.apply(x, layer.weight, layer.bias, owed)
-
-
 def defer_linears(module: nn.Module, owed: OwedGradients) -> None:
-    """Lets every linear layer of `module` put off its weight's gradient."""
+    """Lets every linear layer of `module` put off its weight's gradient, those that sum over tensor-parallel ranks too."""
 
     def forward(layer: nn.Linear, x: Tensor) -> Tensor:
-        return multiply(layer, x, owed)
+        return _Linear.apply(x, layer.weight, layer.bias, owed)
+
+    def product(layer: nn.Linear, x: Tensor) -> Tensor:
+        return _Linear.apply(x, layer.weight, None, owed)
 
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and hasattr(layer, "product"):
+            layer.product = types.MethodType(product, layer)
+        elif isinstance(layer, nn.Linear):
             layer.forward = types.MethodType(forward, layer)

@@ -3,29 +3,54 @@
 Gradients are summed, not averaged: the loss is already divided by the step's global count of targets.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard as ShardAlong
 
 from paraxis.base.dtypes import Precision
+from paraxis.base.layout import Placed
+from paraxis.base.seams import Routed
+from paraxis.parallel.mesh import Mesh
 
 
-def shard_parameters(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, precision: Precision, reshard: bool) -> None:
-    """Shards `blocks`, then what is left of `model`, over the (dp, fsdp) mesh; compute, reduction and master dtypes as `precision` says.
+def shard_parameters(
+    model: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, precision: Precision, reshard: bool, placed: Mapping[str, Placed]
+) -> None:
+    """Shards experts that are split by `ep`, then `blocks`, then what is left of `model`; compute, reduction and master dtypes as
+    `precision` says.
 
-    `reshard` frees a block's gathered parameters between its forward and its backward.
+    `reshard` frees a block's gathered parameters between its forward and its backward. Frozen parameters are left as they are.
     """
+    parameters = dict(model.named_parameters())
+    frozen = {parameters[name] for name, where in placed.items() if where.frozen}
+    dim_of = {parameters[name]: where.shard_dim for name, where in placed.items()}
     policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False)
+    options: dict[str, Any] = {"mp_policy": policy, "ignored_params": frozen}
+    if mesh.degrees.ep > 1:
+        for layer in routed_layers(model):
+            fully_shard(
+                layer.experts,
+                mesh=mesh.experts,
+                reshard_after_forward=reshard,
+                shard_placement_fn=lambda parameter: ShardAlong(dim_of[parameter]),
+                **options,
+            )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh.sharding, reshard_after_forward=reshard, **options)
     # The root's parameters are needed again as soon as backward starts, so they stay.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh.sharding, reshard_after_forward=False, **options)
     for unit in fsdp_units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum; a plain sum is what we mean
+
+
+def routed_layers(model: nn.Module) -> list[Routed]:
+    """The mixture-of-experts layers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, Routed)]
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:
@@ -44,17 +69,21 @@ def reduce_now(model: nn.Module, last: bool, each_micro_batch: bool) -> None:
     model.set_is_last_backward(last)
 
 
+@dataclass(frozen=True)
 class PipelineReduction:
-    """When a pipeline stage's gradients travel: once a step, when they are complete. Its parameters stay gathered meanwhile.
+    """When a pipeline stage's gradients travel: once a step, when they are complete, or after each micro-batch, which needs less memory.
 
     The one front for FSDP2's private post-backward: weight gradients that a split backward makes later are made outside autograd,
     where FSDP's own hooks do not see them.
     """
 
+    each_micro_batch: bool = False
+    reshard: bool = False  # after each backward; else parameters stay gathered from a step's first forward to its last backward
+
     def before_backward(self, module: nn.Module, last: bool) -> None:
-        reduce_now(module, last, each_micro_batch=False)
+        reduce_now(module, last, self.each_micro_batch)
         assert isinstance(module, FSDPModule)
-        module.set_reshard_after_backward(last)
+        module.set_reshard_after_backward(last or self.reshard)
 
     def gradients_added(self, module: nn.Module) -> None:
         """Gradients were made outside a backward: they join those of the micro-batches before, in the reduce dtype."""

@@ -22,11 +22,13 @@ class Shard:
     """One parameter on this rank: where it lives, FSDP's parameter, and `local`, a plain view of the stored part."""
 
     placed: Placed
-    parameter: nn.Parameter  # a DTensor over (dp, fsdp), whose gradient FSDP fills
+    parameter: nn.Parameter  # a DTensor over (dp, fsdp), whose gradient FSDP fills; a plain tensor where it is frozen
     local: nn.Parameter
 
     def take_gradient(self) -> None:
         """Hands FSDP's gradient of this part to `local`, where the optimizer looks for it; zero where nothing came."""
+        if self.placed.frozen:
+            return
         grad = self.parameter.grad
         self.local.grad = torch.zeros_like(self.local) if grad is None else cast(DTensor, grad).to_local()
 
@@ -47,7 +49,7 @@ def sum_copies(shards: Iterable[Shard], mesh: Mesh) -> None:
     """
     if mesh.degrees.tp == 1:
         return
-    copied = local_gradients(shard for shard in shards if shard.placed.split is None)
+    copied = local_gradients(shard for shard in shards if shard.placed.split_along("tp") is None)
     if not copied:
         return
     flat = sum_over(torch.cat([grad.flatten() for grad in copied]), mesh.tp)

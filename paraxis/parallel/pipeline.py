@@ -17,24 +17,45 @@ from torch import Tensor, nn
 from paraxis.base.schedule import Action, Schedule
 from paraxis.base.seams import Batch
 from paraxis.parallel.deferred import OwedGradients, defer_linears
+from paraxis.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class Lines:
     """How a rank reaches its pipeline peers: `ranks[r]` is pipeline rank r's number in the world.
 
-    `onward` carries messages to higher pipeline ranks, `back` to lower ones: with one group for both, two ranks that each send before
-    they receive would wait for each other under NCCL. `store` tells a stage's output shape, once.
+    Every pair of ranks that talk has a group for each direction, `groups[source, target]`: NCCL works through a group's messages in the
+    order they were asked for, so that with fewer groups a message could wait behind one that its own arrival brings about.
+    `store` tells a stage's output shape, once.
     """
 
     rank: int
     ranks: Sequence[int]
-    onward: dist.ProcessGroup
-    back: dist.ProcessGroup
+    groups: Mapping[tuple[int, int], dist.ProcessGroup]
     store: dist.Store
 
-    def group(self, source: int, target: int) -> dist.ProcessGroup:
-        return self.onward if source < target else self.back
+
+def build_lines(mesh: Mesh, schedule: Schedule, ends_talk: bool) -> Lines:
+    """Groups for every pair of ranks between which `schedule` sends; `ends_talk`: for the first and last stage's ranks, too.
+
+    Every rank of the world makes all pipelines' groups, as torch asks for.
+    """
+    pairs = {
+        (schedule.rank_of[action.stage], schedule.rank_of[to])
+        for own in schedule.actions
+        for action in own
+        if (to := sent_to(action, schedule)) is not None
+    }
+    if ends_talk:
+        ends = schedule.rank_of[0], schedule.rank_of[-1]
+        pairs |= {ends, ends[::-1]}
+    own, groups = mesh.pipeline, {}
+    for pipeline in mesh.axes.mesh.flatten(1).t().tolist():  # pp is the outermost axis
+        for source, target in sorted((a, b) for a, b in pairs if a != b):
+            group = dist.new_group([pipeline[source], pipeline[target]])
+            if pipeline == own:
+                groups[source, target] = group
+    return Lines(mesh.at["pp"], own, groups, dist.PrefixStore("pipeline", mesh.world.store))
 
 
 class Reduction(Protocol):
@@ -87,64 +108,78 @@ class Pipeline:
     def forward_backward(self, batches: Sequence[Batch], scale: Tensor, reduction: Reduction) -> Tensor:
         """Accumulates the gradients of `scale` times the micro-batches' summed losses; returns that loss, 0 without the last stage."""
         assert len(batches) == self._schedule.micro_batches
-        step = _Step(self, batches, scale, reduction)
-        for action in self._schedule.actions[self._lines.rank]:
-            step.run(action)
-        return step.finish()
+        return _Step(self, self._schedule, batches, scale, reduction).run()
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Tensor:
+        """The summed loss of one batch, without gradients; 0 without the last stage."""
+        one = torch.ones((), device=self._device)
+        return _Step(self, forward_only(self._schedule), [batch], one, None).run()
+
+
+def forward_only(schedule: Schedule) -> Schedule:
+    """One micro-batch through the same stages on the same ranks, without a backward."""
+    actions = tuple(
+        tuple(Action("F", stage, 0) for stage, holder in enumerate(schedule.rank_of) if holder == rank) for rank in range(schedule.ranks)
+    )
+    return Schedule(f"{schedule.name}, forward", schedule.rank_of, 1, actions)
 
 
 class _Step:
     """What one rank holds during one step: kept activations, messages under way, the loss so far."""
 
-    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], scale: Tensor, reduction: Reduction) -> None:
-        self._p, self._batches, self._scale, self._reduction = pipeline, batches, scale, reduction
-        own = pipeline._schedule.actions[pipeline._lines.rank]
+    def __init__(
+        self, pipeline: Pipeline, schedule: Schedule, batches: Sequence[Batch], scale: Tensor, reduction: Reduction | None
+    ) -> None:
+        self._p, self._schedule, self._batches, self._scale, self._reduction = pipeline, schedule, batches, scale, reduction
+        self._number = 0
+        own = schedule.actions[pipeline._lines.rank]
         self._last_of = {stage: max(n for n, a in enumerate(own) if a.stage == stage) for stage in pipeline._stages}
-        self._number = -1
         self._weights_owed: dict[tuple[int, int], list[Callable[[], None]]] = {}
         self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._handed: dict[Action, Tensor] = {}  # between two stages of this rank
         self._sending: list[tuple[Tensor, Any]] = []
         self._loss = torch.zeros((), dtype=torch.float64, device=scale.device)
-        schedule, rank = pipeline._schedule, pipeline._lines.rank
+        rank = pipeline._lines.rank
         self._arrivals = {
             source: _Arrivals(deque(a for a in own if (to := sent_to(a, schedule)) is not None and schedule.rank_of[to] == rank))
             for source, own in enumerate(schedule.actions)
             if source != rank
         }
 
-    def run(self, action: Action) -> None:
-        self._number += 1
-        if action.kind == "F":
-            self._forward(action)
-        elif action.kind == "W":
-            self._weights(action)
-        else:
-            self._backward(action)
-
-    def finish(self) -> Tensor:
-        """Waits for what is still being sent; returns the loss."""
+    def run(self) -> Tensor:
+        """Works through this rank's list, waits for what is still being sent, and returns the loss."""
+        for number, action in enumerate(self._schedule.actions[self._p._lines.rank]):
+            self._number = number
+            if action.kind == "F":
+                self._forward(action)
+            elif action.kind == "W":
+                self._weights(action)
+            else:
+                self._backward(action)
         for _, work in self._sending:
             work.wait()
         assert not self._kept
         return self._loss
 
     def _forward(self, action: Action) -> None:
-        stage, schedule = action.stage, self._p._schedule
-        x = self._take(Action("F", stage - 1, action.micro_batch)).requires_grad_() if stage else None
+        stage, schedule = action.stage, self._schedule
+        x = self._take(Action("F", stage - 1, action.micro_batch)).requires_grad_(self._reduction is not None) if stage else None
         out = self._p._stages[stage](self._batches[action.micro_batch], x)
         if stage == schedule.stages - 1:
             out = out * self._scale.to(out.dtype)
             self._loss += out.detach()
         else:
             self._hand_on(action, out.detach())
-        self._kept[stage, action.micro_batch] = x, out
+        if self._reduction is not None:
+            self._kept[stage, action.micro_batch] = x, out
 
     def _backward(self, action: Action) -> None:
+        assert self._reduction is not None
         stage = action.stage
         x, out = self._kept.pop((stage, action.micro_batch))
         self._reduction.before_backward(self._p._stages[stage], last=self._last_of[stage] == self._number)
-        last = stage == self._p._schedule.stages - 1
+        last = stage == self._schedule.stages - 1
         grad = None if last else self._take(self._p._gradient_by[stage + 1, action.micro_batch])
         owed = self._p._owed[stage]
         owed.defer = action.kind == "I"
@@ -156,6 +191,7 @@ class _Step:
             self._hand_on(action, x.grad)
 
     def _weights(self, action: Action) -> None:
+        assert self._reduction is not None
         for make in self._weights_owed.pop((action.stage, action.micro_batch)):
             make()
         self._reduction.gradients_added(self._p._stages[action.stage])
@@ -164,15 +200,15 @@ class _Step:
 
     def _hand_on(self, action: Action, tensor: Tensor) -> None:
         """Sends what `action` made to the rank whose stage takes it."""
-        to = sent_to(action, self._p._schedule)
+        to = sent_to(action, self._schedule)
         assert to is not None
-        lines, target = self._p._lines, self._p._schedule.rank_of[to]
+        lines, target = self._p._lines, self._schedule.rank_of[to]
         if target == lines.rank:
             self._handed[action] = tensor
             return
         if action.kind == "F":
             self._tell_shape(action.stage, tensor)
-        group = lines.group(lines.rank, target)
+        group = lines.groups[lines.rank, target]
         tensor = tensor.contiguous()
         work = dist.isend(tensor, lines.ranks[target], group=group, tag=self._tag(action))
         self._sending = [(kept, earlier) for kept, earlier in self._sending if not earlier.is_completed()] + [(tensor, work)]
@@ -181,7 +217,7 @@ class _Step:
         """What `action`, of another stage, made."""
         if action in self._handed:
             return self._handed.pop(action)
-        arrivals = self._arrivals[self._p._schedule.rank_of[action.stage]]
+        arrivals = self._arrivals[self._schedule.rank_of[action.stage]]
         while action not in arrivals.posted:
             self._post(arrivals)
         buffer, work = arrivals.posted.pop(action)
@@ -193,14 +229,14 @@ class _Step:
     def _post(self, arrivals: _Arrivals) -> None:
         """Asks for the next message of a rank."""
         action, lines = arrivals.expected.popleft(), self._p._lines
-        source = self._p._schedule.rank_of[action.stage]
+        source = self._schedule.rank_of[action.stage]
         shape, dtype = self._shape(action.stage if action.kind == "F" else action.stage - 1)
         buffer = torch.empty(shape, dtype=dtype, device=self._p._device)
-        work = dist.irecv(buffer, lines.ranks[source], group=lines.group(source, lines.rank), tag=self._tag(action))
+        work = dist.irecv(buffer, lines.ranks[source], group=lines.groups[source, lines.rank], tag=self._tag(action))
         arrivals.posted[action] = buffer, work
 
     def _tag(self, action: Action) -> int:
-        return (action.micro_batch * self._p._schedule.stages + action.stage) * 2 + (action.kind == "F")
+        return (action.micro_batch * self._schedule.stages + action.stage) * 2 + (action.kind == "F")
 
     def _tell_shape(self, stage: int, tensor: Tensor) -> None:
         if stage not in self._p._shapes:

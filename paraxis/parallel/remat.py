@@ -25,6 +25,7 @@ KEPT: set[Any] = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    _aten._grouped_mm.default,
 }
 if hasattr(torch.ops.higher_order, "flex_attention"):
     KEPT.add(torch.ops.higher_order.flex_attention)

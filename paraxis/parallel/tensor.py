@@ -11,47 +11,65 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paraxis.base.errors import ConfigError
-from paraxis.base.layout import Gather, LayoutTable, Placed, Whole, matching
-from paraxis.parallel.collectives import gather_sequence, own_positions, sum_and_scatter_sequence
+from paraxis.base.layout import Gather, LayoutTable, Partial, Placed, Split, Whole, matching
+from paraxis.parallel.collectives import Group, gather_sequence, own_positions, sum_and_scatter_sequence
+from paraxis.parallel.context import gather_zigzag, split_zigzag
+from paraxis.parallel.mesh import Mesh
 
 
-def shard_tensors(model: nn.Module, table: LayoutTable, placed: Mapping[str, Placed], group: dist.ProcessGroup) -> None:
+def shard_tensors(model: nn.Module, table: LayoutTable, placed: Mapping[str, Placed], mesh: Mesh) -> None:
     """Cuts the split parameters of a model on the meta device to this rank's part, and installs the sequence collectives.
 
     Raises ConfigError for a split parameter of a layer that has no tensor-parallel form.
     """
+    summed_outside = tuple(f"{name}." for name, _ in model.named_modules() if name and isinstance(matching(table, name), Partial))
     for name, module in model.named_modules():
         for short, parameter in list(module.named_parameters(recurse=False)):
             where = placed.get(f"{name}.{short}" if name else short)
-            if where is not None and where.split is not None and where.split.axis == "tp":
-                setattr(module, short, nn.Parameter(torch.empty(where.computed.sizes, dtype=parameter.dtype, device="meta")))
-                if short == "weight":
-                    _adapt(module, name, where, group)
-        rule = matching(table, name) if name else None
-        if isinstance(rule, Gather | Whole):
-            module.register_forward_pre_hook(_GatherInput(group))
-        if isinstance(rule, Whole):
-            module.register_forward_hook(_KeepOwnPositions(group))
+            if where is None or not where.splits:
+                continue
+            setattr(module, short, nn.Parameter(torch.empty(where.computed.sizes, dtype=parameter.dtype, device="meta")))
+            if short == "weight" and (split := where.split_along("tp")):
+                _adapt(module, name, where, split, mesh.tp, summed=not name.startswith(summed_outside))
+        if name:
+            _spread_sequence(module, matching(table, name), mesh)
 
 
-def _adapt(module: nn.Module, name: str, where: Placed, group: dist.ProcessGroup) -> None:
-    """Gives a layer whose weight is split the forward that its split needs."""
-    assert where.split is not None
-    if isinstance(module, nn.Linear) and where.split.dim == 0:
+def _spread_sequence(module: nn.Module, rule: object, mesh: Mesh) -> None:
+    """Gives a module the whole sequence where its rule asks for it, and takes this rank's positions of what it makes."""
+    tp, cp = mesh.degrees.tp > 1, mesh.degrees.cp > 1
+    if tp and isinstance(rule, Gather | Partial | Whole):
+        module.register_forward_pre_hook(_GatherInput(mesh.tp))
+    if tp and isinstance(rule, Partial):
+        module.register_forward_hook(_SumAndScatter(mesh.tp))
+    if isinstance(rule, Whole):
+        if cp:
+            module.register_forward_pre_hook(_GatherContext(mesh.cp))
+            module.register_forward_hook(_KeepOwnContext(mesh.cp))
+        if tp:
+            module.register_forward_hook(_KeepOwnPositions(mesh.tp))
+
+
+def _adapt(module: nn.Module, name: str, where: Placed, split: Split, group: Group, *, summed: bool) -> None:
+    """Gives a layer whose weight is split the forward that its split needs. `summed`: the layer itself sums its partial outputs."""
+    if isinstance(module, nn.Linear) and split.dim == 0:
         module.out_features = where.computed.sizes[0]  # each rank makes its own outputs; nothing else changes
-    elif isinstance(module, nn.Linear) and where.split.dim == 1:
+    elif isinstance(module, nn.Linear) and split.dim == 1:
         module.in_features = where.computed.sizes[1]
-        module.forward = types.MethodType(_summed_linear(group), module)
-    elif isinstance(module, nn.Embedding) and where.split.dim == 0:
+        if summed:
+            module.product = types.MethodType(_product, module)
+            module.forward = types.MethodType(_summed_linear(group), module)
+        elif module.bias is not None:
+            raise ConfigError(f"the layout table sums the output around {name}, which would add its bias once a rank; leave the bias out")
+    elif isinstance(module, nn.Embedding) and split.dim == 0:
         module.forward = types.MethodType(_vocabulary_embedding(group, where.computed.offsets[0]), module)
     elif isinstance(module, nn.Linear | nn.Embedding):
         raise ConfigError(
-            f"the layout table splits {name}.weight along dimension {where.split.dim}, which {type(module).__name__} "
+            f"the layout table splits {name}.weight along dimension {split.dim}, which {type(module).__name__} "
             f"has no tensor-parallel form for; split a Linear along 0 or 1, an Embedding along 0"
         )
 
@@ -59,34 +77,69 @@ def _adapt(module: nn.Module, name: str, where: Placed, group: dist.ProcessGroup
 class _GatherInput:
     """Forward pre-hook: the first argument's sequence is made whole."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: Group) -> None:
         self.group = group
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (gather_sequence(args[0], self.group), *args[1:])
 
 
+class _SumAndScatter:
+    """Forward hook: of an output that is a sum over ranks, this rank's positions."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return sum_and_scatter_sequence(output, self.group)
+
+
+class _GatherContext:
+    """Forward pre-hook: the first argument, this rank's positions of a split context, is made the whole sequence."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (gather_zigzag(args[0], self.group), *args[1:])
+
+
+class _KeepOwnContext:
+    """Forward hook: of an output that every context rank computed whole, this rank's positions."""
+
+    def __init__(self, group: Group) -> None:
+        self.rank, self.ranks = group.rank(), group.size()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return split_zigzag(output, self.ranks)[self.rank]
+
+
 class _KeepOwnPositions:
     """Forward hook: of an output that every rank computed whole, this rank's positions."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: Group) -> None:
         self.rank, self.ranks = group.rank(), group.size()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return own_positions(output, self.rank, self.ranks)
 
 
-def _summed_linear(group: dist.ProcessGroup) -> Callable[[nn.Linear, Tensor], Tensor]:
+def _product(layer: nn.Linear, x_bti: Tensor) -> Tensor:
+    """What a layer that holds a part of the input features adds to the output. A split backward puts its own in place of it."""
+    return F.linear(x_bti, layer.weight)
+
+
+def _summed_linear(group: Group) -> Callable[[Any, Tensor], Tensor]:
     """Forward of a linear layer that holds a part of the input features: partial outputs summed, own positions kept."""
 
-    def forward(layer: nn.Linear, x_bti: Tensor) -> Tensor:
-        y_bto = sum_and_scatter_sequence(F.linear(x_bti, layer.weight), group)
+    def forward(layer: Any, x_bti: Tensor) -> Tensor:
+        y_bto = sum_and_scatter_sequence(layer.product(x_bti), group)
         return y_bto if layer.bias is None else y_bto + layer.bias
 
     return forward
 
 
-def _vocabulary_embedding(group: dist.ProcessGroup, first: int) -> Callable[[nn.Embedding, Tensor], Tensor]:
+def _vocabulary_embedding(group: Group, first: int) -> Callable[[nn.Embedding, Tensor], Tensor]:
     """Forward of an embedding that holds the vocabulary rows from `first` on; tokens elsewhere add zero."""
 
     def forward(layer: nn.Embedding, tokens_bt: Tensor) -> Tensor:

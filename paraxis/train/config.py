@@ -19,7 +19,7 @@ class TrainConfig:
 
     steps: Annotated[int, "optimizer steps in all"] = 100
     seed: Annotated[int, "seed of the initial values and of the data order"] = 0
-    global_tokens: Annotated[int, "tokens of one optimizer step over all ranks; 0 means one micro-batch on every data rank"] = 0
+    global_tokens: Annotated[int, "tokens of one optimizer step over all ranks; 0: what parallel.microbatches says"] = 0
     micro_batch: Annotated[int, "rows a data rank puts through the model at a time"] = 1
     deterministic: Annotated[bool, "use deterministic kernels only, and refuse operators that have none"] = False
     bad_steps: Annotated[int, "stop after this many steps in a row whose loss or gradient was not finite (each is skipped)"] = 5
@@ -68,10 +68,11 @@ class RunConfig:
         precision(self.precision)
 
     def rows_per_step(self, degrees: Degrees) -> int:
-        """Rows of one optimizer step over all data ranks. Raises ConfigError where `train.global_tokens` does not divide."""
+        """Rows of one optimizer step over all data ranks. Raises ConfigError where what is asked for does not divide or agree."""
         rows = degrees.data_ranks * self.train.micro_batch
+        asked = self.parallel.microbatches
         if not self.train.global_tokens:
-            return rows
+            return rows * (asked or (2 * degrees.pp if degrees.pp > 1 else 1))
         tokens = rows * self.data.seq_len
         if self.train.global_tokens % tokens:
             below = self.train.global_tokens // tokens * tokens
@@ -80,5 +81,10 @@ class RunConfig:
                 f"train.global_tokens={self.train.global_tokens} is not a multiple of {tokens} "
                 f"({degrees.data_ranks} data ranks x train.micro_batch={self.train.micro_batch} x data.seq_len={self.data.seq_len}); "
                 f"use {near}, or another micro-batch"
+            )
+        if asked and self.train.global_tokens != asked * tokens:
+            raise ConfigError(
+                f"train.global_tokens={self.train.global_tokens} makes {self.train.global_tokens // tokens} micro-batches of {tokens} "
+                f"tokens, but parallel.microbatches={asked}; leave one of them out"
             )
         return self.train.global_tokens // self.data.seq_len

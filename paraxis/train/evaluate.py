@@ -11,13 +11,15 @@ from paraxis.train.run import Run
 def evaluate(run: Run) -> tuple[float, int]:
     """The mean loss in nats per target over the run's held-out rows, and the number of targets; the same on every rank."""
     assert run.held_out is not None
-    device = run.world.device.torch
-    batches = evaluation_batches(run.held_out, run.config.train.micro_batch, run.mesh.data_rank, run.mesh.degrees.data_ranks)
-    run.model.eval()
+    degrees = run.mesh.degrees
+    batches = evaluation_batches(run.held_out, run.config.train.micro_batch, run.mesh.data_rank, degrees.data_ranks)
+    for module in run.modules:
+        module.eval()
     try:
-        loss, targets = score(run.model, (batch.to(device) for batch in batches))
+        loss, targets = score(run.passes.forward, map(run.take, batches))
     finally:
-        run.model.train()
-    totals = sum_over(torch.stack([loss, targets.double()]).to(device)) / run.mesh.degrees.tp
-    total_loss, total_targets = totals.tolist()
-    return total_loss / max(total_targets, 1), round(total_targets)
+        for module in run.modules:
+            module.train()
+    total_loss, total_targets = sum_over(torch.stack([loss, targets.double()]).to(run.world.device.torch)).tolist()
+    total_loss, total_targets = total_loss / degrees.tp, round(total_targets / degrees.same_rows)
+    return total_loss / max(total_targets, 1), total_targets

@@ -34,26 +34,16 @@ def train(run: Run, record: Record, profile: Profile, save: Save, stop: StopRequ
     Raises Preempted once a rank was asked to stop and the state is saved, TrainingError when too many steps in a row were not
     finite, StorageError when the last checkpoint cannot be written.
     """
-    total, device = run.config.train.steps, run.world.device.torch
+    total = run.config.train.steps
     settlement, clock, loader = Settlement(run, record), StepClock(), run.loader()
     first_step = run.step + 1
     try:
         while run.step < total and not settlement.stop:
             profile.before_step(run.step + 1)
             with clock.waiting_for_data():
-                batches = [batch.to(device) for batch in next(loader)]
+                batches = [run.take(batch) for batch in next(loader)]
             lr = learning_rate(run.config.optim, run.step, total)
-            report = train_step(
-                run.model,
-                run.shards,
-                batches,
-                run.optimizer,
-                run.mesh,
-                lr=lr,
-                max_norm=run.config.optim.clip_norm,
-                each_micro_batch=run.strategy.reduce_each_micro_batch,
-                said=said(run.world, bool(stop.reason), clock.waited_s),
-            )
+            report = train_step(run, batches, lr=lr, said=said(run.world, bool(stop.reason), clock.waited_s))
             run.step, run.row = run.step + 1, loader.cursor
             run.tokens += run.rows_per_step * run.config.data.seq_len
             profile.after_step(run.step)

@@ -1,42 +1,50 @@
 """Assembling a run: the rooms that never import each other are introduced to each other here."""
 
-import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from paraxis.base.device import Device
-from paraxis.base.dtypes import precision
-from paraxis.base.errors import ConfigError
-from paraxis.base.seams import HasAttention, Rows
+from paraxis.base.layout import Placed
+from paraxis.base.seams import Batch, HasAttention, Routed, Rows, Staged
 from paraxis.base.strategy import Strategy
 from paraxis.data.loader import Loader
 from paraxis.models.init import initialise
-from paraxis.ops.attention import choose_attention
 from paraxis.optim.build import Optimizer, build_optimizer
 from paraxis.parallel.apply import parallelize
+from paraxis.parallel.context import own_part
+from paraxis.parallel.fsdp import PipelineReduction
 from paraxis.parallel.grads import Shard
 from paraxis.parallel.mesh import Mesh, build_mesh
+from paraxis.parallel.pipeline import Pipeline, build_lines
+from paraxis.parallel.tied import TiedCopies, tie
 from paraxis.parallel.world import World
+from paraxis.train.check import check
+from paraxis.train.choose import build_attention, build_strategy
 from paraxis.train.config import RunConfig
-
-log = logging.getLogger("paraxis")
-
-# Whole gradients kept between micro-batches may take this share of a GPU's memory before they are reduced each time.
-WHOLE_GRADIENT_SHARE = 0.1
+from paraxis.train.passes import Accumulation, Passes, Piped
+from paraxis.train.stages import Stages, build_stages
 
 
 @dataclass
 class Run:
-    """Everything one rank trains with. `step` counts finished optimizer steps; `tokens` those in the rows it has read."""
+    """Everything one rank trains with. `step` counts finished optimizer steps; `tokens` those in the rows it has read.
+
+    `modules` is the model, or a pipeline rank's stages of it. `routers` are the mixture-of-experts layers in them by name;
+    `router_sizes` has those of the whole model, with the entries of their tallies.
+    """
 
     config: RunConfig
     strategy: Strategy
     mesh: Mesh
-    model: nn.Module
+    modules: Sequence[nn.Module]
+    passes: Passes
     shards: list[Shard]
+    tied: TiedCopies | None
+    routers: dict[str, Routed]
+    router_sizes: dict[str, int]
     optimizer: Optimizer
     rows: Rows
     held_out: Rows | None
@@ -68,89 +76,97 @@ class Run:
             pin=self.world.device.is_cuda,
         )
 
-
-def check(config: RunConfig, ranks: int) -> None:
-    """Refuses, before any process is started, what cannot run on `ranks` ranks. Raises ConfigError."""
-    degrees = config.parallel.degrees.filling(ranks)
-    config.rows_per_step(degrees)
-    if config.data.seq_len % degrees.tp:
-        raise ConfigError(
-            f"data.seq_len={config.data.seq_len} is not a multiple of parallel.tp={degrees.tp}, "
-            f"which splits every row along the sequence; change either"
-        )
-    with torch.device("meta"):
-        model = config.model.build()
-    check_heads(config, degrees.tp)
-    if ranks > 1 and (name := dropout_of(model)):
-        raise ConfigError(f"{name} drops out at random, which differs between layouts; set its probability to 0 or train on one rank")
-
-
-def check_heads(config: RunConfig, tp: int) -> None:
-    """Refuses attention heads that tensor parallelism cannot share out."""
-    for field in ("heads", "kv_heads"):
-        heads = getattr(config.model, field, None)
-        if isinstance(heads, int) and heads % tp:
-            raise ConfigError(
-                f"model.{field}={heads} is not divisible by parallel.tp={tp}; "
-                f"use a degree that divides it: {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}"
-            )
-
-
-def dropout_of(model: nn.Module) -> str | None:
-    """The name of the first module that drops out at random, if any."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            return name
-    return None
-
-
-def build_strategy(config: RunConfig, world: World) -> Strategy:
-    """The configuration's requests with every `auto` settled, each with its reason logged."""
-    degrees = config.parallel.degrees.filling(world.size)
-    compile_mode = config.compile
-    if compile_mode == "auto":
-        compile_mode = "inductor" if world.device.is_cuda else "none"
-        log.info("compile: auto chose %s on %s", compile_mode, world.device.kind)
-    reshard = {"auto": degrees.fsdp > 1, "always": True, "never": False}[config.parallel.reshard]
-    return Strategy(
-        degrees=degrees,
-        precision=precision(config.precision),
-        remat=config.remat,
-        compile=compile_mode,
-        reshard=reshard,
-        reduce_each_micro_batch=_reduce_each(config, degrees.tp, world.device),
-    )
-
-
-def _reduce_each(config: RunConfig, tp: int, device: Device) -> bool:
-    if config.parallel.reduce != "auto":
-        return config.parallel.reduce == "micro_batch"
-    with torch.device("meta"):
-        whole = sum(p.numel() for p in config.model.build().parameters()) * precision(config.precision).reduce.itemsize // tp
-    each = device.is_cuda and whole > WHOLE_GRADIENT_SHARE * device.memory_bytes
-    log.info("gradients: auto reduces them %s (%.1f GiB whole)", "after each micro-batch" if each else "once a step", whole / 2**30)
-    return each
+    def take(self, batch: Batch) -> Batch:
+        """A batch as the loader made it, on this rank's device, with this rank's positions."""
+        return own_part(batch.to(self.world.device.torch), self.mesh.degrees.cp, self.mesh.at["cp"])
 
 
 def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None) -> Run:
-    """Builds the model on no memory, spreads it, gives it its first values, and an optimizer over this rank's parts.
+    """Builds the model on no memory, cuts and spreads it, gives it its first values, and an optimizer over this rank's parts.
 
     Raises ConfigError for what cannot run.
     """
     check(config, world.size)
-    strategy = build_strategy(config, world)
-    mesh = build_mesh(world, strategy.degrees)
-    with torch.device("meta"):
-        model: nn.Module = config.model.build()
-    if isinstance(model, HasAttention):
-        documents = bool(getattr(config.data, "document_mask", False))
-        width = getattr(config.model, "head_width", None)
-        model.use_attention(choose_attention(config.attention, world.device, documents, width, strategy.precision.compute))
-    shards = parallelize(model, mesh, strategy, lambda local, placed: initialise(model, local, placed, config.train.seed))
+    mesh = build_mesh(world, config.parallel.degrees.filling(world.size))
+    whole = on_meta(config)
+    stages = build_stages(config, mesh.degrees, whole)
+    strategy = build_strategy(config, world, mesh.at, stages, whole)
+    models = own_models(config, mesh, stages)
+    attend = build_attention(config, mesh, strategy.precision.compute) if isinstance(whole, HasAttention) else None
+    by_stage: dict[int, list[Shard]] = {}
+    for stage, model in models.items():
+        if isinstance(model, HasAttention) and attend is not None:
+            model.use_attention(attend)
+        by_stage[stage] = parallelize(model, mesh, strategy, filler(model, config.train.seed))
+    if stages is None:
+        passes: Passes = Accumulation(models[0], strategy.reduce_each_micro_batch)
+        shards, tied = by_stage[0], None
+    else:
+        shared = held_by_both_ends(config, stages)
+        lines = build_lines(mesh, stages.schedule, ends_talk=bool(shared))
+        pipeline = Pipeline(models, stages.schedule, lines, world.device.torch)
+        passes = Piped(pipeline, PipelineReduction(strategy.reduce_each_micro_batch, strategy.reshard))
+        shards, tied = tie(by_stage, shared, stages.schedule, lines)
     optimizer = build_optimizer(
-        {shard.placed.name: shard.local for shard in shards},
-        {shard.placed.name: shard.placed.shape for shard in shards},
+        {shard.placed.name: shard.local for shard in shards if not shard.placed.frozen},
+        {name: tuple(parameter.shape) for name, parameter in whole.named_parameters() if parameter.requires_grad},
         config.optim,
         world.device,
     )
-    return Run(config, strategy, mesh, model, shards, optimizer, rows, held_out, config.rows_per_step(strategy.degrees))
+    routers = {name: layer for model in models.values() for name, layer in routers_of(model).items()}
+    return Run(
+        config=config,
+        strategy=strategy,
+        mesh=mesh,
+        modules=list(models.values()),
+        passes=passes,
+        shards=shards,
+        tied=tied,
+        routers=routers,
+        router_sizes={name: layer.tally_s.numel() for name, layer in routers_of(whole).items()},
+        optimizer=optimizer,
+        rows=rows,
+        held_out=held_out,
+        rows_per_step=config.rows_per_step(mesh.degrees),
+    )
+
+
+def on_meta(config: RunConfig) -> nn.Module:
+    """The whole model, without memory or values."""
+    with torch.device("meta"):
+        return config.model.build()
+
+
+def own_models(config: RunConfig, mesh: Mesh, stages: Stages | None) -> dict[int, nn.Module]:
+    """This rank's stages by number, on the meta device; all of the model is stage 0 where there is no pipeline."""
+    if stages is None:
+        return {0: on_meta(config)}
+    own: dict[int, nn.Module] = {}
+    for stage, holder in enumerate(stages.schedule.rank_of):
+        if holder == mesh.at["pp"]:
+            model = on_meta(config)
+            assert isinstance(model, Staged)
+            model.keep(stages.layers[stage])
+            own[stage] = model
+    return own
+
+
+def routers_of(model: nn.Module) -> dict[str, Routed]:
+    """The mixture-of-experts layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Routed)}
+
+
+def filler(model: nn.Module, seed: int) -> Callable[[Tensor, Placed], None]:
+    """Gives this rank's part of a parameter its first values."""
+    return lambda local, placed: initialise(model, local, placed, seed)
+
+
+def held_by_both_ends(config: RunConfig, stages: Stages) -> set[str]:
+    """Names of the parameters that both the first and the last stage have: a tied embedding's."""
+    ends = []
+    for layers in (stages.layers[0], stages.layers[-1]):
+        model = on_meta(config)
+        assert isinstance(model, Staged)
+        model.keep(layers)
+        ends.append({name for name, _ in model.named_parameters()})
+    return ends[0] & ends[1]

@@ -57,6 +57,7 @@ class Settlement:
             "tokens": done.tokens,
             "targets": report.targets,
             **pace,
+            **report.experts,
             "memory_gib": report.memory_gib,
             "skipped": int(not report.finite),
             "skipped_records": run.skipped_records,

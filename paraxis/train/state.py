@@ -99,6 +99,8 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     """Continues `run` from what `checkpoint` holds, once `refuse_foreign` has passed it. Raises CheckpointError where it is damaged."""
     for piece in _restored(run):
         checkpoint.read(piece.name, piece.box, out=piece.tensor)
+    if run.tied is not None:
+        run.tied.follow()
     for name in _random_states(run).keys() & checkpoint.tensors.keys():
         (torch.set_rng_state if name == "random/cpu" else torch.cuda.set_rng_state)(checkpoint.read(name))
     held = checkpoint.meta

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paraxis.base.device import Device
-from paraxis.base.dtypes import at_least_fp32
 from paraxis.base.seams import Batch
-from paraxis.optim.build import Optimizer
 from paraxis.parallel.collectives import gather_rows, sum_over
-from paraxis.parallel.fsdp import reduce_now
-from paraxis.parallel.grads import Shard, clip, square_sum, sum_copies
+from paraxis.parallel.grads import clip, square_sum, sum_copies
 from paraxis.parallel.mesh import Mesh
+from paraxis.train.run import Run
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,9 @@ class StepReport:
     numbers, so decisions taken on them are taken by all alike.
     """
 
-    def __init__(self, rows: Tensor, targets: Tensor, tp: int, device: Device) -> None:
-        self._tp = tp
-        flat = torch.cat([rows.flatten(), targets.double().view(1)])
+    def __init__(self, rows: Tensor, targets: Tensor, tally: Tensor, tp: int, device: Device) -> None:
+        self._tp, self._routers = tp, tally.shape
+        flat = torch.cat([targets.double().view(1), tally.flatten(), rows.flatten()])
         self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=device.is_cuda)
         self._host.copy_(flat, non_blocking=True)
         self._copied = torch.cuda.Event() if device.is_cuda else None
@@ -44,16 +42,35 @@ class StepReport:
         self._ranks = rows.shape[0]
 
     @cached_property
-    def _rows(self) -> Tensor:
+    def _read(self) -> Tensor:
         if self._copied is not None:
             self._copied.synchronize()
-        return self._host[:-1].view(self._ranks, -1)
+        return self._host
+
+    @property
+    def _rows(self) -> Tensor:
+        return self._read[1 + self._routers.numel() :].view(self._ranks, -1)
+
+    @property
+    def tally(self) -> Tensor:
+        """How often each router chose each of its experts, and the summed entropy of its tokens in nats: float64 [layers, experts + 1]."""
+        return self._read[1 : 1 + self._routers.numel()].view(self._routers)
+
+    @property
+    def experts(self) -> dict[str, float]:
+        """Of a mixture of experts: the most and least used expert's load in any layer (1 is even), and the mean entropy in nats."""
+        if not self._routers.numel():
+            return {}
+        chosen, entropy = self.tally[:, :-1], self.tally[:, -1]
+        load = chosen / chosen.mean(1, keepdim=True)
+        tokens = chosen.sum(1)
+        loads = {"expert_load_max": load.max().item(), "expert_load_min": load.min().item()}
+        return {**loads, "router_entropy": (entropy / tokens).mean().item()}
 
     @property
     def targets(self) -> int:
         """Target tokens of the step, over all ranks."""
-        _ = self._rows
-        return int(self._host[-1])
+        return int(self._read[0])
 
     @property
     def loss(self) -> float:
@@ -95,51 +112,60 @@ class StepReport:
         return float(self._rows[:, 4].max())
 
 
-def train_step(
-    model: nn.Module,
-    shards: Sequence[Shard],
-    batches: Sequence[Batch],
-    optimizer: Optimizer,
-    mesh: Mesh,
-    *,
-    lr: float,
-    max_norm: float,
-    each_micro_batch: bool = False,
-    said: Said = Said(),
-) -> StepReport:
+def train_step(run: Run, batches: Sequence[Batch], *, lr: float, said: Said = Said()) -> StepReport:
     """One optimizer step over this rank's micro-batches. The loss is the sum over targets divided by the step's global target count.
 
-    Where loss or gradients are not finite the update is skipped, on the device and on all ranks alike. `max_norm=0` does not clip.
+    Where loss or gradients are not finite the update is skipped, on the device and on all ranks alike.
     """
-    targets = count_targets(batches, mesh)
-    loss = forward_backward(model, batches, targets.clamp(min=1).double().reciprocal(), each_micro_batch)
-    for shard in shards:
-        shard.take_gradient()
-    sum_copies(shards, mesh)
+    shards, mesh, max_norm = run.shards, run.mesh, run.config.optim.clip_norm
+    targets, loss, tally = make_gradients(run, batches)
     own = [square_sum(shards), loss.double(), *torch.tensor([said.stop, said.data_s, said.memory_gib], dtype=torch.float64).to(loss.device)]
     rows = gather_rows(torch.stack(own), mesh.world.size)
     norm, total_loss = rows[:, 0].sum().sqrt(), rows[:, 1].sum()
     if max_norm:
         clip(shards, norm, max_norm)
-    optimizer.step(lr, found_inf=(~torch.isfinite(norm + total_loss)).float())
+    skip = ~torch.isfinite(norm + total_loss)
+    run.optimizer.step(lr, found_inf=skip.float())
+    for number, name in enumerate(run.router_sizes):
+        if name in run.routers:
+            run.routers[name].end_step(tally[number, :-1].masked_fill(skip, 0.0))  # counts of zero leave a bias where it is
     for shard in shards:
         shard.drop_gradient()
-    return StepReport(rows, targets, mesh.degrees.tp, mesh.world.device)
+    if run.tied is not None:
+        run.tied.follow()
+    return StepReport(rows, targets, tally, mesh.degrees.tp, mesh.world.device)
+
+
+def make_gradients(run: Run, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward and backward: every stored part then has the gradient of the step's mean loss.
+
+    Returns the step's targets over all ranks (int64), the loss of this rank's rows, and the routers' tally [layers, experts + 1].
+    """
+    mesh = run.mesh
+    targets = count_targets(batches, mesh)
+    scale = torch.tensor(1.0 / (run.rows_per_step * mesh.degrees.tp), dtype=torch.float64, device=targets.device)
+    for router in run.routers.values():
+        router.begin_step(scale)
+    loss = run.passes.forward_backward(batches, targets.clamp(min=1).double().reciprocal())
+    for shard in run.shards:
+        shard.take_gradient()
+    sum_copies(run.shards, mesh)
+    if run.tied is not None:
+        run.tied.sum_gradients()
+    return targets, loss, sum_tallies(run)
 
 
 def count_targets(batches: Sequence[Batch], mesh: Mesh) -> Tensor:
-    """The step's target tokens over all ranks, an int64 scalar on the device; tensor-parallel peers read the same rows, counted once."""
+    """The step's target tokens over all ranks, an int64 scalar on the device; ranks that read the same ones count once."""
     own = torch.stack([batch.target_count for batch in batches]).sum()
-    return sum_over(own) // mesh.degrees.tp
+    return sum_over(own) // mesh.degrees.same_rows
 
 
-def forward_backward(model: nn.Module, batches: Sequence[Batch], scale: Tensor, each_micro_batch: bool) -> Tensor:
-    """Accumulates `scale` times the gradients of the micro-batches' summed losses; returns the scaled loss of this rank's rows."""
-    total = torch.zeros((), dtype=torch.float64, device=scale.device)
-    for number, batch in enumerate(batches):
-        reduce_now(model, last=number == len(batches) - 1, each_micro_batch=each_micro_batch)
-        loss = at_least_fp32(model(batch))
-        loss = loss * scale.to(loss.dtype)
-        loss.backward()
-        total += loss.detach()
-    return total
+def sum_tallies(run: Run) -> Tensor:
+    """Every router's choices and entropy over all ranks, float64 [layers, experts + 1]; tensor-parallel peers count the same ones."""
+    size = max(run.router_sizes.values(), default=1)
+    own = torch.zeros(len(run.router_sizes), size, dtype=torch.float64, device=run.world.device.torch)
+    for number, name in enumerate(run.router_sizes):
+        if name in run.routers:
+            own[number] = run.routers[name].tally_s
+    return sum_over(own) / run.mesh.degrees.tp if run.router_sizes else own

@@ -2,7 +2,7 @@
 
 import pytest
 
-from paraxis.base.keys import to_theirs
+from paraxis.base.keys import Stacked, to_theirs
 
 TABLE = {
     "embed.weight": "model.embed_tokens.weight",
@@ -24,6 +24,15 @@ TABLE = {
 )
 def test_a_name_has_its_counterpart(ours, theirs):
     assert to_theirs(TABLE, ours) == theirs
+
+
+def test_a_stack_has_a_name_and_a_shape_for_each_of_its_entries():
+    table = {"layers.{i}.up": Stacked("model.{i}.experts.{e}.up.{i}", transpose=True), "layers.{i}.bias": Stacked("{e}.{i}.bias")}
+    up, bias = to_theirs(table, "layers.7.up"), to_theirs(table, "layers.7.bias")
+    assert (up, bias) == (Stacked("model.7.experts.{e}.up.7", transpose=True), Stacked("{e}.7.bias"))
+    assert up.names(3) == ["model.7.experts.0.up.7", "model.7.experts.1.up.7", "model.7.experts.2.up.7"]
+    assert (up.their_shape((3, 4, 5)), bias.their_shape((3, 4, 5)), bias.their_shape((3, 4))) == ((5, 4), (4, 5), (4,))
+    assert to_theirs(table, "layers.07.up") is None
 
 
 @pytest.mark.parametrize(

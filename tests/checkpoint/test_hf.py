@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from paraxis.base.errors import CheckpointError, StorageError
 from paraxis.checkpoint import hf, tensor_file
-from paraxis.checkpoint.hf import HuggingFaceWeights, export_hf, import_hf
+from paraxis.checkpoint.hf import export_hf, import_hf
+from paraxis.checkpoint.hf_source import HuggingFaceWeights
 from paraxis.checkpoint.load import open_checkpoint
 
 KEYS = {

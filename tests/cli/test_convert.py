@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from paraxis.base.errors import ConfigError
-from paraxis.base.keys import to_theirs
+from paraxis.base.keys import Stacked, to_theirs
 from paraxis.checkpoint.load import open_checkpoint
 from paraxis.cli.convert import size_bytes
-from paraxis.models.llama import KEYS, LlamaConfig
+from paraxis.models.llama import LlamaConfig
+from paraxis.models.qwen3 import Qwen3MoEConfig
 from paraxis.models.registry import from_record, to_hf, to_record
+from paraxis.ops.routing import RoutingConfig
 from tests.cli.folders import OWN_RECIPE, TEXT, checkpoint, help_of, hugging_face, refused, said, said_json, tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +99,11 @@ def sparse_model(folder: Path, config: LlamaConfig) -> int:
     """A folder with a file of zeros as large as the model, which takes no room on the disk; returns its bytes."""
     folder.mkdir()
     with torch.device("meta"):
-        shapes = {str(to_theirs(KEYS, name)): list(p.shape) for name, p in config.build().named_parameters()}
+        model = config.build()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        theirs, shape = to_theirs(model.keys, name), tuple(parameter.shape)
+        shapes |= dict.fromkeys(theirs.names(shape[0]), theirs.their_shape(shape)) if isinstance(theirs, Stacked) else {str(theirs): shape}
     header, at = {}, 0
     for name, shape in shapes.items():
         end = at + 4 * torch.Size(shape).numel()
@@ -125,8 +131,16 @@ print(peaks[1] - peaks[0], peaks[2] - peaks[0])
 """
 
 
-def test_neither_way_takes_the_memory_of_the_model(tmp_path: Path):
-    size = sparse_model(tmp_path / "hf", LlamaConfig(vocab_size=512, width=512, layers=11, heads=8, kv_heads=8, mlp_width=2048))
+SHAPE = {"vocab_size": 512, "width": 512, "layers": 11, "heads": 8, "kv_heads": 8}
+LARGE = {
+    "dense": LlamaConfig(**SHAPE, mlp_width=2048),
+    "experts": Qwen3MoEConfig(**SHAPE, head_size=64, mlp_width=256, routing=RoutingConfig(experts=8, chosen=2)),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_neither_way_takes_the_memory_of_the_model(tmp_path: Path, kind: str):
+    size = sparse_model(tmp_path / "hf", LARGE[kind])
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{MEASURED}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

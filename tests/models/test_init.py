@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from paraxis.base.axes import Degrees
+from paraxis.base.axes import AXES, Degrees
 from paraxis.base.layout import Box, place, whole_box
 from paraxis.models import init
 from paraxis.models.init import Normal, Ones, Zeros, default_rule, fill_, initialise
@@ -104,7 +104,7 @@ def test_rules_without_chance_and_the_default_rules():
 def test_initialise_follows_the_models_table_then_the_default():
     model = torch.nn.Module()
     model.init = {"a.*": Zeros()}
-    at = {"dp": 0, "fsdp": 1, "tp": 0}
+    at = {**dict.fromkeys(AXES, 0), "fsdp": 1}
     for name, zero in (("a.weight", True), ("b.weight", False)):
         placed = place(name, (7, 4), {}, Degrees(fsdp=2), at)
         local = torch.full(placed.stored.sizes, torch.nan)

@@ -1,13 +1,15 @@
 """Qwen3: published counts, transformers' logits, round trips, and one graph a block."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from paraxis.base.axes import Degrees
 from paraxis.base.errors import ConfigError
 from paraxis.base.keys import to_theirs
-from paraxis.base.layout import Whole, matching
+from paraxis.base.layout import Box, Partial, matching, place
 from paraxis.base.seams import Batch
 from paraxis.models import qwen3
 from paraxis.models.init import Normal
@@ -36,7 +38,7 @@ def built(config):
     model = config.build()
     for layer in model.modules():
         if isinstance(layer, MoE):
-            layer.auxiliary_scale = 0.5
+            layer.begin_step(torch.tensor(0.5))
     return model
 
 
@@ -85,10 +87,8 @@ def test_logits_are_those_of_transformers(config):
 def test_moe_logits_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     model = randomised(MOE)
-    settings = to_hf(DENSE["free"]) | {"model_type": "qwen3_moe", "moe_intermediate_size": 48}
-    settings |= {"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
-    judge = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig.from_dict(settings)).eval()
-    weights = {theirs: p for n, p in model.named_parameters() if (theirs := to_theirs(qwen3.MOE_KEYS, n))}
+    judge = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig.from_dict(to_hf(MOE))).eval()
+    weights = {theirs: p for n, p in model.named_parameters() if isinstance(theirs := to_theirs(qwen3.MOE_KEYS, n), str)}
     for number, block in enumerate(model.blocks()):
         experts, name = block.mlp.experts, f"model.layers.{number}.mlp.experts"
         weights[f"{name}.gate_up_proj"] = torch.cat([experts.gate_proj, experts.up_proj], -1).mT
@@ -108,11 +108,28 @@ def test_config_json_survives_the_round_trip_in_either_spelling(config):
         assert from_hf(spelling) == config
 
 
-def test_sliding_windows_and_moe_folders_are_refused():
-    with pytest.raises(ConfigError, match="use_sliding_window"):
-        from_hf(to_hf(DENSE["free"]) | {"use_sliding_window": True})
-    with pytest.raises(ConfigError, match="Qwen3MoEConfig"):
-        to_hf(MOE)
+def test_moe_config_json_survives_the_round_trip_in_either_spelling():
+    transformers = pytest.importorskip("transformers")
+    for config in (replace(MOE, routing=replace(MOE.routing, z_loss=0.0)), qwen3.qwen3_30b_a3b(), qwen3.qwen3_235b_a22b()):
+        written = json.loads(json.dumps(to_hf(config)))
+        for spelling in (written, transformers.Qwen3MoeConfig.from_dict(written).to_dict()):
+            assert from_hf(spelling) == config
+
+
+def test_what_qwen3_does_not_have_or_we_do_not_compute_is_refused():
+    windows = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+    with pytest.raises(ConfigError, match="sliding_window=16 under max_position_embeddings=512"):
+        from_hf(to_hf(DENSE["free"]) | windows)
+    assert from_hf(to_hf(DENSE["free"]) | windows | {"max_window_layers": 2}) == DENSE["free"]
+    assert from_hf(to_hf(DENSE["free"]) | windows | {"sliding_window": 512}) == DENSE["free"]
+    for change in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [0]}):
+        with pytest.raises(ConfigError, match="every layer here is a mixture"):
+            from_hf(to_hf(MOE) | change)
+    with pytest.raises(ConfigError, match="num_experts_per_tok"):
+        from_hf({name: value for name, value in to_hf(MOE).items() if name != "num_experts_per_tok"})
+    for change in ({"gate": "sigmoid"}, {"scale": 2.0}, {"groups": 2}, {"biased": True}):
+        with pytest.raises(ConfigError, match="no Hugging Face form"):
+            to_hf(replace(MOE, routing=replace(MOE.routing, **change)))
 
 
 @pytest.mark.parametrize("config", [*DENSE.values(), MOE])
@@ -120,9 +137,10 @@ def test_records_give_the_same_configuration_back(config):
     assert from_record(json.loads(json.dumps(to_record(config)))) == config
 
 
-def test_each_dense_parameter_has_a_key():
-    names = {name.replace("layers.1.", "layers.{i}.") for name, _ in DENSE["free"].build().named_parameters() if "layers.0." not in name}
-    assert names == set(qwen3.KEYS)
+@pytest.mark.parametrize(("config", "keys"), [(DENSE["free"], qwen3.KEYS), (MOE, qwen3.MOE_KEYS)], ids=["dense", "moe"])
+def test_each_parameter_has_a_key(config, keys):
+    names = {name.replace("layers.1.", "layers.{i}.") for name, _ in config.build().named_parameters() if "layers.0." not in name}
+    assert names == set(keys)
 
 
 def test_every_matrix_starts_by_its_table_and_what_joins_the_residual_stream_starts_narrower():
@@ -138,11 +156,19 @@ def test_every_matrix_starts_by_its_table_and_what_joins_the_residual_stream_sta
                 assert rule == Normal(0.02 / (2 * (layer + 1)) ** 0.5 if narrow else 0.02), name
 
 
-def test_tensor_parallel_runs_experts_whole():
+def test_experts_are_cut_by_expert_and_along_their_hidden_features_and_routers_are_whole():
     model = built(MOE)
-    wholes = [name for name, _ in model.named_modules() if isinstance(matching(model.layout, name), Whole)]
-    assert wholes == ["layers.0.mlp", "layers.1.mlp"]
-    assert all(matching(model.layout, name) is None for name, _ in model.named_parameters() if ".mlp." in name)
+    partial = [name for name, _ in model.named_modules() if isinstance(matching(model.layout, name), Partial)]
+    assert partial == ["layers.0.mlp", "layers.1.mlp"]
+    degrees, at = Degrees(fsdp=2, tp=2, ep=2), {"pp": 0, "dp": 0, "fsdp": 1, "cp": 0, "tp": 1}
+    mlp = {name: p for name, p in model.named_parameters() if name.startswith("layers.1.mlp.")}
+    boxes = {name: place(name, tuple(p.shape), model.layout, degrees, at).computed for name, p in mlp.items()}
+    assert boxes == {
+        "layers.1.mlp.router.weight": Box((0, 0), (8, 32)),
+        "layers.1.mlp.experts.gate_proj": Box((4, 0, 24), (4, 32, 24)),
+        "layers.1.mlp.experts.up_proj": Box((4, 0, 24), (4, 32, 24)),
+        "layers.1.mlp.experts.down_proj": Box((4, 24, 0), (4, 24, 32)),
+    }
 
 
 @pytest.mark.parametrize("config", [DENSE["free"], MOE], ids=["dense", "moe"])

@@ -1,11 +1,13 @@
 """RoPE depends on distances alone and keeps precision; RMSNorm is its formula."""
 
+import math
+
 import pytest
 import torch
 
 from paraxis.base.errors import ConfigError
 from paraxis.ops.norm import RMSNorm
-from paraxis.ops.rope import RopeConfig, frequencies, rope_tables, rotate
+from paraxis.ops.rope import RopeConfig, YarnConfig, frequencies, rope_tables, rotate, rotate_neighbours
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,56 @@ def test_scaling_slows_the_slow_pairs_and_leaves_the_fast_ones():
 def test_nonsense_is_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=f"rope.{next(iter(wrong))}"):
         RopeConfig(**wrong)
+
+
+def test_neighbours_turn_as_halves_do_once_put_in_their_order():
+    x = torch.randn(1, 5, 3, 16, dtype=torch.bfloat16)
+    tables = rope_tables(torch.arange(5)[None], RopeConfig(), 16, dtype=x.dtype)
+    in_halves = rotate(torch.cat((x[..., 0::2], x[..., 1::2]), -1), *tables)
+    turned = rotate_neighbours(x, *tables)
+    assert turned.dtype == x.dtype
+    assert torch.equal(turned, torch.stack(in_halves.chunk(2, -1), -1).flatten(-2))
+
+
+def test_yarn_leaves_the_first_pairs_slows_the_last_and_blends_between_by_number():
+    """With DeepSeek-V3's numbers: 64 (ln 4096 - ln 2 pi 32) / (2 ln 10000) = 10.5, and 22.5 for one turn."""
+    plain = frequencies(YarnConfig(), 64, dtype=torch.float64, device=CPU)
+    scaled = frequencies(YarnConfig(factor=40.0), 64, dtype=torch.float64, device=CPU)
+    torch.testing.assert_close(plain, 10_000.0 ** -(torch.arange(32, dtype=torch.float64) / 32))
+    assert torch.equal(scaled[:11], plain[:11])
+    torch.testing.assert_close(scaled[23:], plain[23:] / 40, rtol=1e-14, atol=0)
+    slowed = 1 - scaled[10:24] / plain[10:24]
+    torch.testing.assert_close(slowed, torch.arange(14, dtype=torch.float64) / 13 * (1 - 1 / 40))
+
+
+def test_yarn_sharpens_by_the_logarithm_of_the_factor():
+    assert YarnConfig(factor=40.0).score_scale == pytest.approx((1 + 0.1 * math.log(40)) ** 2)
+    assert YarnConfig(factor=40.0).table_scale == 1
+    assert YarnConfig(factor=40.0, mscale_all_dim=0.0).score_scale == 1
+    cos, sin = rope_tables(torch.arange(4)[None], YarnConfig(factor=40.0, mscale_all_dim=0.0), 8, dtype=torch.float64)
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, (1 + 0.1 * math.log(40)) ** 2))
+
+
+def test_without_a_factor_yarn_is_plain_rope():
+    config = YarnConfig(theta=500_000.0, mscale=0.5)
+    assert config.table_scale == config.score_scale == 1
+    ours, plain = (rope_tables(torch.arange(9)[None], c, 8, dtype=torch.float64) for c in (config, RopeConfig()))
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("length", [1, 64, 200])
+def test_yarn_on_any_original_context_stays_between_plain_and_slowed(length):
+    plain = frequencies(YarnConfig(), 8, dtype=torch.float64, device=CPU)
+    scaled = frequencies(YarnConfig(factor=8.0, original_context=length), 8, dtype=torch.float64, device=CPU)
+    assert ((scaled <= plain) & (scaled >= plain / 8 * (1 - 1e-12))).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"theta": 1.0}, {"factor": 0.5}, {"beta_slow": 32.0}, {"mscale": -1.0}, {"mscale_all_dim": -1.0}, {"original_context": 0}]
+)
+def test_nonsense_yarn_is_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=f"rope.{next(iter(wrong))}"):
+        YarnConfig(**wrong)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])

@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
+from paraxis.base.axes import Degrees
 from paraxis.base.dtypes import PRECISIONS
 from paraxis.base.schedules import Plan, build_schedule
 from paraxis.base.seams import Batch
 from paraxis.parallel.fsdp import PipelineReduction, shard_parameters
-from paraxis.parallel.pipeline import Lines, Pipeline
+from paraxis.parallel.mesh import Mesh, build_mesh
+from paraxis.parallel.pipeline import Pipeline, build_lines
+from tests.measure import this_world
 from tests.worlds import run_world
 
 WIDTH, ROWS, LENGTH = 6, 2, 3
@@ -77,12 +79,14 @@ class Noted:
         self.complete.append(self.numbers[module])
 
 
+def mesh_of(degrees: Degrees) -> Mesh:
+    return build_mesh(this_world(), degrees)
+
+
 def pipelined(name: str, plan: Plan) -> tuple[float, dict[str, torch.Tensor], list[int]]:
     schedule = build_schedule(name, plan)
-    rank, ranks = dist.get_rank(), list(range(plan.ranks))
-    lines = Lines(
-        rank, ranks, dist.new_group(ranks), dist.new_group(ranks), dist.PrefixStore("pp", dist.distributed_c10d._get_default_store())
-    )
+    rank = dist.get_rank()
+    lines = build_lines(mesh_of(Degrees(pp=plan.ranks)), schedule, ends_talk=False)
     modules = {stage: Stage(stage, schedule.stages) for stage, holder in enumerate(schedule.rank_of) if holder == rank}
     numbers = {module: stage for stage, module in modules.items()}
     pipeline = Pipeline(modules, schedule, lines, torch.device("cpu"))
@@ -135,17 +139,14 @@ def test_every_stage_s_gradients_are_said_to_be_complete_once_and_at_the_end(nam
 
 def sharded(name: str, plan: Plan) -> dict[str, torch.Tensor]:
     """The gradients of a pipeline whose stages are sharded two ways; the two shards read different micro-batches."""
-    mesh = init_device_mesh("cpu", (plan.ranks, 1, 2), mesh_dim_names=("pp", "dp", "fsdp"))
+    mesh = mesh_of(Degrees(pp=plan.ranks, fsdp=2))
     schedule = build_schedule(name, plan)
-    pp = mesh["pp"].get_group()
-    rank, ranks = pp.rank(), dist.get_process_group_ranks(pp)
-    store = dist.PrefixStore(f"pp{mesh.get_local_rank('fsdp')}", dist.distributed_c10d._get_default_store())
-    lines = Lines(rank, ranks, pp, pp, store)
-    modules = {stage: Stage(stage, schedule.stages) for stage, holder in enumerate(schedule.rank_of) if holder == rank}
+    lines = build_lines(mesh, schedule, ends_talk=False)
+    modules = {stage: Stage(stage, schedule.stages) for stage, holder in enumerate(schedule.rank_of) if holder == mesh.at["pp"]}
     for module in modules.values():
-        shard_parameters(module, [], mesh["dp", "fsdp"], PRECISIONS["fp64"], True)
+        shard_parameters(module, [], mesh, PRECISIONS["fp64"], True, {})
     pipeline = Pipeline(modules, schedule, lines, torch.device("cpu"))
-    own = [batch(2 * number + mesh.get_local_rank("fsdp")) for number in range(plan.micro_batches)]
+    own = [batch(2 * number + mesh.at["fsdp"]) for number in range(plan.micro_batches)]
     for _ in range(2):
         for module in modules.values():
             module.zero_grad()

@@ -19,7 +19,7 @@ def config():
     found, _ = find(f"{EXAMPLE}:tiny")
     return replace(
         found,
-        model=replace(found.model, vocab_size=64, width=16),
+        model=replace(found.model, vocab_size=64, width=16, depth=4),
         data=replace(found.data, seq_len=32),
         train=replace(found.train, micro_batch=1, global_tokens=8 * 32),
         optim=OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip_norm=0.05),
@@ -27,7 +27,9 @@ def config():
     )
 
 
-@pytest.mark.parametrize("layout", ["dp2", "fsdp2", "tp2", "fsdp2 x tp2"])
+@pytest.mark.parametrize(
+    "layout", ["dp2", "fsdp2", "tp2", "fsdp2 x tp2", "pp2", "pp2.zbv", "cp2", "cp2 x tp2", "pp2 x cp2", "pp2 x fsdp2 x tp2"]
+)
 def test_a_model_of_ones_own_gives_the_numbers_of_one_process(config, layout):
     rows = MadeRows(64, 32)
     assert_same(measure(config=config, layout=layout, rows=rows), measure(config=config, layout="", rows=rows), "fp64")

@@ -30,10 +30,10 @@ def train(text: Path) -> Train:
     ("arguments", "parts"),
     [
         ("--parallel.tp=2 --ranks=3", ["tp2 needs 2 ranks but 3 were started", "start 2"]),
-        ("--parallel.fsdp=-1 --parallel.tp=2 --ranks=3", ["3 ranks are not a multiple of 2", "lower dp or tp"]),
+        ("--parallel.fsdp=-1 --parallel.tp=2 --ranks=3", ["3 ranks are not a multiple of 2", "lower a degree"]),
         ("--parallel.tp=0", ["parallel.tp=0", "use 1 or more"]),
         ("--parallel.tp=4", ["model.kv_heads=2 is not divisible by parallel.tp=4", "1, 2"]),
-        ("--parallel.tp=2 --data.seq_len=15", ["data.seq_len=15 is not a multiple of parallel.tp=2", "change either"]),
+        ("--parallel.tp=2 --data.seq_len=15", ["data.seq_len=15 is not a multiple of 2", "parallel.tp=2", "use 14 or 16"]),
         ("--parallel.tp=2 --model.vocab_size=321", ["parallel.tp=2 does not divide", "321"]),
         ("--parallel.tp=2 --model.mlp_width=65", ["parallel.tp=2 does not divide", "65"]),
         ("--parallel.fsdp=2 --train.global_tokens=100", ["train.global_tokens=100 is not a multiple of 64", "use 64 or 128"]),

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from paraxis.parallel.grads import sum_copies
 from paraxis.recipes import RECIPES
 from paraxis.train.config import RunConfig
-from paraxis.train.step import count_targets, forward_backward, train_step
+from paraxis.train.step import count_targets, train_step
 from tests.measure import MadeRows, run_of, with_layout
 
 LAYOUTS = ("", "tp2", "fsdp2", "dp2", "fsdp2xtp2")
@@ -68,7 +68,7 @@ def watched_step(config: RunConfig, rows: MadeRows) -> tuple[Seen, set[torch.dty
     loader = run.loader()
     try:
         with Watch() as watch:
-            train_step(run.model, run.shards, next(loader), run.optimizer, run.mesh, lr=1e-3, max_norm=1.0)
+            train_step(run, next(loader), lr=1e-3)
     finally:
         loader.close()
     weights = {shard.local.dtype for shard in run.shards}
@@ -144,7 +144,7 @@ def accumulated_and_summed(config: RunConfig, rows: MadeRows) -> list[tuple[str,
     scale = count_targets(batches, run.mesh).double().reciprocal()
 
     def gradients(some: list[Any]) -> list[Tensor]:
-        forward_backward(run.model, some, scale, run.strategy.reduce_each_micro_batch)
+        run.passes.forward_backward(some, scale)
         for shard in run.shards:
             shard.take_gradient()
         sum_copies(run.shards, run.mesh)

@@ -1,0 +1,73 @@
+"""What a run cannot be, refused before any process is started."""
+
+from math import lcm
+
+import torch
+from torch import nn
+
+from paraxis.base.axes import AXES, Degrees
+from paraxis.base.errors import ConfigError
+from paraxis.base.layout import Whole, place
+from paraxis.base.seams import HasAttention
+from paraxis.parallel.context import kv_copies
+from paraxis.parallel.fsdp import routed_layers
+from paraxis.train.config import RunConfig
+from paraxis.train.stages import build_stages
+
+
+def check(config: RunConfig, ranks: int) -> None:
+    """Refuses what cannot run on `ranks` ranks. Raises ConfigError naming the setting, the rule and the next move."""
+    degrees = config.parallel.degrees.filling(ranks)
+    config.rows_per_step(degrees)
+    with torch.device("meta"):
+        model = config.model.build()
+    check_sequence(config, degrees, model)
+    check_heads(config, degrees)
+    build_stages(config, degrees, model)
+    if degrees.ep > 1 and not routed_layers(model):
+        raise ConfigError(f"parallel.ep={degrees.ep} shares out experts, but {type(model).__name__} has none; use ep=1")
+    for name, parameter in model.named_parameters():
+        place(name, tuple(parameter.shape), getattr(model, "layout", {}), degrees, dict.fromkeys(AXES, 0))
+    if ranks > 1 and (name := dropout_of(model)):
+        raise ConfigError(f"{name} drops out at random, which differs between layouts; set its probability to 0 or train on one rank")
+
+
+def check_sequence(config: RunConfig, degrees: Degrees, model: nn.Module) -> None:
+    """Refuses rows that cp and tp cannot share out, and a model that would not notice."""
+    length, cp, tp = config.data.seq_len, degrees.cp, degrees.tp
+    unit = lcm(2 * cp, cp * tp) if cp > 1 else tp
+    if length % unit:
+        below = length // unit * unit
+        near = f"{below} or {below + unit}" if below else f"{unit}"
+        pieces = [f"parallel.cp={cp} cuts every row in {2 * cp} pieces"] if cp > 1 else []
+        pieces += [f"parallel.tp={tp} splits {'what a rank has' if cp > 1 else 'every row'} along the sequence"] if tp > 1 else []
+        raise ConfigError(f"data.seq_len={length} is not a multiple of {unit}: {', '.join(pieces)}; use {near}, or other degrees")
+    whole = any(isinstance(rule, Whole) for rule in getattr(model, "layout", {}).values())
+    if cp > 1 and not (isinstance(model, HasAttention) or whole):
+        raise ConfigError(
+            f"parallel.cp={cp} spreads every row over ranks, but {type(model).__name__} has neither use_attention(attend) nor a `Whole` rule "
+            "in its layout table, so nothing would let positions see each other; see docs/how-to-add-a-model.md, or use cp=1"
+        )
+
+
+def check_heads(config: RunConfig, degrees: Degrees) -> None:
+    """Refuses attention heads that tensor parallelism, or an all-to-all over heads, cannot share out."""
+    for field in ("heads", "kv_heads"):
+        heads = getattr(config.model, field, None)
+        if isinstance(heads, int) and heads % degrees.tp:
+            raise ConfigError(
+                f"model.{field}={heads} is not divisible by parallel.tp={degrees.tp}; "
+                f"use a degree that divides it: {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}"
+            )
+    heads, kv_heads = (getattr(config.model, field, None) for field in ("heads", "kv_heads"))
+    exchange = config.parallel.cp_ulysses or (degrees.cp if config.parallel.cp_kind == "ulysses" else 1)
+    if exchange > 1 and isinstance(heads, int) and isinstance(kv_heads, int):
+        kv_copies(heads // degrees.tp, kv_heads // degrees.tp, exchange)
+
+
+def dropout_of(model: nn.Module) -> str | None:
+    """The name of the first module that drops out at random, if any."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return name
+    return None

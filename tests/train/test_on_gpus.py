@@ -1,0 +1,42 @@
+"""What a run promises on GPUs: bitwise repeats where asked for, and the curve that a CPU computes in fp32."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runs import assert_same_curves, assert_same_state, events, fresh_environment, metrics
+
+pytestmark = pytest.mark.gpu
+
+SHORT = ["--data.seq_len=128", "--train.micro_batch=8", "--metrics.tensorboard=false", "--optim.schedule=constant"]
+
+
+def train(folder: Path, name: str, *arguments: str, devices: str = "0") -> None:
+    command = [sys.executable, "-m", "paraxis", "train", "debug", f"--run-dir={name}", *SHORT, *arguments]
+    ended = subprocess.run(
+        command, cwd=folder, env=fresh_environment(CUDA_VISIBLE_DEVICES=devices), capture_output=True, text=True, timeout=200
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("mode", ["none", "inductor"])
+def test_deterministic_runs_repeat_and_resume_bitwise(mode: str, tmp_path: Path):
+    more = ["--train.deterministic=true", f"--compile={mode}", "--precision=bf16", "--data.document_mask=true"]
+    train(tmp_path, "whole", *more, "--train.steps=8")
+    for steps in (3, 8):
+        train(tmp_path, "parts", *more, f"--train.steps={steps}")
+    assert [event["step"] for event in events(tmp_path / "parts", "resume")] == [3]
+    assert_same_curves(tmp_path / "whole", tmp_path / "parts")
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_compiled_bf16_follows_the_curve_of_fp32_on_a_cpu(tmp_path: Path):
+    more = ["--train.steps=150", "--train.micro_batch=16", "--optim.warmup=20", "--checkpoint.at_end=false"]
+    train(tmp_path, "gpu", *more, "--compile=inductor", "--precision=bf16")
+    train(tmp_path, "cpu", *more, "--precision=fp32", devices="")
+    gpu, cpu = ([m["loss"] for m in metrics(tmp_path / run)] for run in ("gpu", "cpu"))
+    assert cpu[0] - cpu[-1] > 1
+    apart = [abs(a - b) for a, b in zip(gpu, cpu, strict=True)]
+    assert max(apart) < 0.03, apart
