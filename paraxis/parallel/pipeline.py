@@ -34,6 +34,18 @@ class Lines:
     groups: Mapping[tuple[int, int], dist.ProcessGroup]
     store: dist.Store
 
+    def sending(self, tensor: Tensor, target: int, tag: int = 0) -> dist.Work:
+        """Starts sending a contiguous tensor to pipeline rank `target`; it must be kept until the work is done."""
+        return self._start(dist.isend, tensor, target, self.groups[self.rank, target], tag)
+
+    def receiving(self, buffer: Tensor, source: int, tag: int = 0) -> dist.Work:
+        """Starts receiving into `buffer` from pipeline rank `source`."""
+        return self._start(dist.irecv, buffer, source, self.groups[source, self.rank], tag)
+
+    def _start(self, operation: Any, tensor: Tensor, peer: int, group: dist.ProcessGroup, tag: int) -> dist.Work:
+        [work] = dist.batch_isend_irecv([dist.P2POp(operation, tensor, self.ranks[peer], group, tag)])
+        return work
+
 
 def build_lines(mesh: Mesh, schedule: Schedule, ends_talk: bool) -> Lines:
     """Groups for every pair of ranks between which `schedule` sends; `ends_talk`: for the first and last stage's ranks, too.
@@ -55,7 +67,13 @@ def build_lines(mesh: Mesh, schedule: Schedule, ends_talk: bool) -> Lines:
             group = dist.new_group([pipeline[source], pipeline[target]])
             if pipeline == own:
                 groups[source, target] = group
-    return Lines(mesh.at["pp"], own, groups, dist.PrefixStore("pipeline", mesh.world.store))
+    lines = Lines(mesh.at["pp"], own, groups, dist.PrefixStore("pipeline", mesh.world.store))
+    # The first message through a group has its two ranks wait for each other: in one order here, not in the middle of a schedule.
+    for source, target in groups:
+        if lines.rank in (source, target):
+            start = lines.sending if lines.rank == source else lines.receiving
+            start(torch.zeros(1, device=mesh.world.device.torch), target if lines.rank == source else source).wait()
+    return lines
 
 
 class Reduction(Protocol):
@@ -104,17 +122,28 @@ class Pipeline:
             for stage, module in stages.items():
                 defer_linears(module, self._owed[stage])
         self._shapes: dict[int, tuple[list[int], torch.dtype]] = {}
+        self._met: set[str] = set()
 
     def forward_backward(self, batches: Sequence[Batch], scale: Tensor, reduction: Reduction) -> Tensor:
         """Accumulates the gradients of `scale` times the micro-batches' summed losses; returns that loss, 0 without the last stage."""
         assert len(batches) == self._schedule.micro_batches
-        return _Step(self, self._schedule, batches, scale, reduction).run()
+        return _Step(self, self._schedule, batches, scale, reduction, self._wire("training")).run()
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss of one batch, without gradients; 0 without the last stage."""
         one = torch.ones((), device=self._device)
-        return _Step(self, forward_only(self._schedule), [batch], one, None).run()
+        return _Step(self, forward_only(self._schedule), [batch], one, None, self._wire("scoring")).run()
+
+    def _wire(self, purpose: str) -> torch.device:
+        """Which device's memory messages travel through: the first time the host's, which is slow and cannot get stuck.
+
+        A kernel that is run for the first time is compiled, measured and loaded, for which CUDA waits until the device is idle. It
+        never is while a receive is under way that waits for a rank which waits for us.
+        """
+        first = purpose not in self._met
+        self._met.add(purpose)
+        return torch.device("cpu") if first else self._device
 
 
 def forward_only(schedule: Schedule) -> Schedule:
@@ -129,9 +158,16 @@ class _Step:
     """What one rank holds during one step: kept activations, messages under way, the loss so far."""
 
     def __init__(
-        self, pipeline: Pipeline, schedule: Schedule, batches: Sequence[Batch], scale: Tensor, reduction: Reduction | None
+        self,
+        pipeline: Pipeline,
+        schedule: Schedule,
+        batches: Sequence[Batch],
+        scale: Tensor,
+        reduction: Reduction | None,
+        wire: torch.device,
     ) -> None:
         self._p, self._schedule, self._batches, self._scale, self._reduction = pipeline, schedule, batches, scale, reduction
+        self._wire = wire
         self._number = 0
         own = schedule.actions[pipeline._lines.rank]
         self._last_of = {stage: max(n for n, a in enumerate(own) if a.stage == stage) for stage in pipeline._stages}
@@ -208,9 +244,8 @@ class _Step:
             return
         if action.kind == "F":
             self._tell_shape(action.stage, tensor)
-        group = lines.groups[lines.rank, target]
-        tensor = tensor.contiguous()
-        work = dist.isend(tensor, lines.ranks[target], group=group, tag=self._tag(action))
+        tensor = tensor.contiguous().to(self._wire)
+        work = lines.sending(tensor, target, self._tag(action))
         self._sending = [(kept, earlier) for kept, earlier in self._sending if not earlier.is_completed()] + [(tensor, work)]
 
     def _take(self, action: Action) -> Tensor:
@@ -224,16 +259,15 @@ class _Step:
         work.wait()
         if arrivals.expected and self._shape_known(arrivals.expected[0]):
             self._post(arrivals)
-        return buffer
+        return buffer.to(self._p._device)
 
     def _post(self, arrivals: _Arrivals) -> None:
         """Asks for the next message of a rank."""
-        action, lines = arrivals.expected.popleft(), self._p._lines
+        action = arrivals.expected.popleft()
         source = self._schedule.rank_of[action.stage]
         shape, dtype = self._shape(action.stage if action.kind == "F" else action.stage - 1)
-        buffer = torch.empty(shape, dtype=dtype, device=self._p._device)
-        work = dist.irecv(buffer, lines.ranks[source], group=lines.groups[source, lines.rank], tag=self._tag(action))
-        arrivals.posted[action] = buffer, work
+        buffer = torch.empty(shape, dtype=dtype, device=self._wire)
+        arrivals.posted[action] = buffer, self._p._lines.receiving(buffer, source, self._tag(action))
 
     def _tag(self, action: Action) -> int:
         return (action.micro_batch * self._schedule.stages + action.stage) * 2 + (action.kind == "F")

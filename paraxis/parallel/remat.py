@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from paraxis.base.strategy import RematConfig
 
@@ -29,6 +29,10 @@ KEPT: set[Any] = {
 }
 if hasattr(torch.ops.higher_order, "flex_attention"):
     KEPT.add(torch.ops.higher_order.flex_attention)
+
+
+# Experts that FSDP gathers by themselves do so inside a block; what its hooks tell the profiler differs when they run again.
+SAC_IGNORED_OPS |= {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

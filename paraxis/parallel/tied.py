@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from paraxis.base.schedule import Schedule
@@ -52,12 +51,8 @@ class TiedCopies:
     def _exchanged(self, flat: Tensor) -> Tensor:
         """The peer's tensor of the same shape."""
         assert self.lines is not None
-        here, there = self.lines.rank, self.peer
         theirs = torch.empty_like(flat)
-        sending = dist.isend(flat, self.lines.ranks[there], group=self.lines.groups[here, there])
-        receiving = dist.irecv(theirs, self.lines.ranks[there], group=self.lines.groups[there, here])
-        for work in (sending, receiving):
-            assert work is not None
+        for work in (self.lines.sending(flat, self.peer), self.lines.receiving(theirs, self.peer)):
             work.wait()
         return theirs
 

@@ -14,11 +14,11 @@ def demo() -> RunConfig:
         name="demo",
         model=LlamaConfig(vocab_size=4096, width=256, layers=4, heads=8, kv_heads=4, mlp_width=704),
         data=DataConfig(paths=("stdlib:train",), tokenizer="train:4096", seq_len=256),
-        train=TrainConfig(steps=400, micro_batch=4, sample="def "),
+        train=TrainConfig(steps=460, micro_batch=4, sample="def "),
         optim=OptimConfig(lr=3e-3, warmup=40, schedule="cosine", final=0.1),
         parallel=ParallelConfig(fsdp=-1),
-        checkpoint=CheckpointConfig(every=200),
-        eval=EvalConfig(every=200, paths=("stdlib:heldout",)),
+        checkpoint=CheckpointConfig(every=230),
+        eval=EvalConfig(every=230, paths=("stdlib:heldout",)),
     )
 
 

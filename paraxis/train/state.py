@@ -20,6 +20,7 @@ from paraxis.base.layout import whole_box
 from paraxis.checkpoint.load import Checkpoint
 from paraxis.checkpoint.save import Piece, save
 from paraxis.models.registry import to_record
+from paraxis.train.check import dropout_of
 from paraxis.train.run import Run
 
 
@@ -37,7 +38,7 @@ def pieces(run: Run) -> Iterator[Piece]:
 
 
 def _random_states(run: Run) -> dict[str, torch.Tensor]:
-    if run.world.size > 1:
+    if not any(dropout_of(module) for module in run.modules):
         return {}
     states = {"random/cpu": torch.get_rng_state()}
     return states | ({"random/cuda": torch.cuda.get_rng_state()} if run.world.device.is_cuda else {})
