@@ -37,7 +37,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Gather:
-    """This module's input is gathered to the whole sequence; a split layer inside scatters it again."""
+    """This module's input is gathered to the whole sequence; a split layer inside scatters it again.
+
+    `readers` names those of its layers that read the input, where they all are split along their outputs and nothing else reads it:
+    with asynchronous tensor parallelism they multiply what has arrived while the rest is on its way.
+    """
+
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,7 @@ def parse_layout(text: str) -> dict[str, int | str]:
 IDLE: dict[str, dict[str, int | str | tuple[int, ...]]] = {
     "pp": {"schedule": "auto", "stages_a_rank": 0, "cuts": ()},
     "cp": {"cp_kind": "auto", "cp_ulysses": 0},
+    "tp": {"async_tp": False},
 }
 
 

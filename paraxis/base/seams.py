@@ -5,7 +5,7 @@ b batch rows, t query positions, s key positions, h query heads, g key/value hea
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -90,9 +90,8 @@ class Dispatch(Protocol):
     def __call__(self, x_sm: Tensor, counts_e: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor: ...
 
 
-@runtime_checkable
 class Routed(Protocol):
-    """A mixture-of-experts layer, as training sees it; e experts.
+    """A mixture-of-experts layer, as training sees it; e experts. `routed_layers` finds them.
 
     `experts` holds parameters stacked over experts in dimension 0. `tally_s` is float64 [e + 1]: how often each expert was chosen since
     `begin_step`, and the summed entropy, in nats, of the tokens' probabilities.
@@ -108,12 +107,21 @@ class Routed(Protocol):
         ...
 
     def begin_step(self, scale: Tensor) -> None:
-        """Zeroes the tally. Auxiliary losses, sums over rows, are scaled by `scale`: 1 / (rows of the step x ranks that repeat the layer)."""
+        """Zeroes the tally. Auxiliary losses, summed over rows, are scaled by 1 / (rows of the step x ranks that repeat the layer)."""
         ...
 
     def end_step(self, counts_e: Tensor) -> None:
         """Moves the selection bias by the step's global counts, float64 [e], where the model balances its experts so."""
         ...
+
+
+def routed_layers(model: nn.Module) -> dict[str, Routed]:
+    """The mixture-of-experts layers of a model by name, in order.
+
+    Not by `isinstance`: a protocol looks at the class, which does not say what modules and buffers its instances hold.
+    """
+    modules = cast("dict[str, nn.Module]", dict(model.named_modules()))
+    return {name: cast(Routed, module) for name, module in modules.items() if hasattr(module, "begin_step")}
 
 
 class Model(Protocol):

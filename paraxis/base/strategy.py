@@ -33,6 +33,7 @@ class ParallelConfig:
         "how attention crosses cp: ring, ulysses (all-to-all over heads), usp (both), allgather; auto: ulysses where heads divide",
     ] = "auto"
     cp_ulysses: Annotated[int, "with usp: how many neighbours exchange heads (divides cp); the ring goes across them"] = 0
+    async_tp: Annotated[bool, "with tp: activations travel between ranks while others of them are being multiplied"] = False
     reshard: Annotated[
         Literal["auto", "always", "never"],
         "free a block's gathered parameters after its forward (always), or keep them for backward (never); auto frees them when fsdp > 1, "
@@ -60,7 +61,7 @@ class ParallelConfig:
 
     def _refuse_idle_settings(self) -> None:
         """An explicit request is met or refused: settings of an axis that is not used are a mistake."""
-        for axis, names in (("pp", ("schedule", "stages_a_rank", "cuts")), ("cp", ("cp_kind", "cp_ulysses"))):
+        for axis, names in (("pp", ("schedule", "stages_a_rank", "cuts")), ("cp", ("cp_kind", "cp_ulysses")), ("tp", ("async_tp",))):
             if getattr(self, axis) == 1 and (said := [name for name in names if getattr(self, name) not in ("auto", 0, ())]):
                 raise ConfigError(
                     f"parallel.{said[0]}={getattr(self, said[0])} says nothing while parallel.{axis}=1; raise that, or leave this out"
@@ -97,5 +98,6 @@ class Strategy:
     precision: Precision = field(default_factory=lambda: PRECISIONS["bf16"])
     remat: RematConfig = field(default_factory=RematConfig)
     compile: CompileMode = "none"
+    async_tp: bool = False
     reshard: bool = True
     reduce_each_micro_batch: bool = False

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from paraxis.base.layout import Placed, place
-from paraxis.base.seams import HasHeadLoss
+from paraxis.base.seams import HasHeadLoss, routed_layers
 from paraxis.base.strategy import Strategy
 from paraxis.ops.loss import chunked_head_loss
 from paraxis.parallel.collectives import sum_over
 from paraxis.parallel.expert import ExpertDispatch
-from paraxis.parallel.fsdp import routed_layers, shard_parameters
+from paraxis.parallel.fsdp import shard_parameters
 from paraxis.parallel.grads import Shard
 from paraxis.parallel.mesh import Mesh
 from paraxis.parallel.remat import checkpoint_blocks
@@ -37,7 +37,7 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill) ->
     placed = {
         name: place(name, tuple(p.shape), layout, degrees, mesh.at, frozen=not p.requires_grad) for name, p in model.named_parameters()
     }
-    shard_tensors(model, layout, placed, mesh)
+    shard_tensors(model, layout, placed, mesh, overlap=strategy.async_tp)
     exchange(model, mesh)
     if isinstance(model, HasHeadLoss):
         fused = strategy.compile == "inductor"
@@ -51,7 +51,7 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill) ->
 
 def exchange(model: nn.Module, mesh: Mesh) -> None:
     """Tells mixture-of-experts layers where their experts are, and with whom they share rows."""
-    for layer in routed_layers(model):
+    for layer in routed_layers(model).values():
         if mesh.ep is not None:
             layer.use_dispatch(ExpertDispatch(mesh.ep))
         if mesh.degrees.cp > 1:

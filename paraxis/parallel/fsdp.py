@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard as ShardAlong
 
 from paraxis.base.dtypes import Precision
 from paraxis.base.layout import Placed
-from paraxis.base.seams import Routed
+from paraxis.base.seams import routed_layers
 from paraxis.parallel.mesh import Mesh
 
 
@@ -31,7 +31,7 @@ def shard_parameters(
     policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False)
     options: dict[str, Any] = {"mp_policy": policy, "ignored_params": frozen}
     if mesh.degrees.ep > 1:
-        for layer in routed_layers(model):
+        for layer in routed_layers(model).values():
             fully_shard(
                 layer.experts,
                 mesh=mesh.experts,
@@ -46,11 +46,6 @@ def shard_parameters(
     for unit in fsdp_units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum; a plain sum is what we mean
-
-
-def routed_layers(model: nn.Module) -> list[Routed]:
-    """The mixture-of-experts layers of a model, in order."""
-    return [module for module in model.modules() if isinstance(module, Routed)]
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:

@@ -67,6 +67,6 @@ def build_mesh(world: World, degrees: Degrees) -> Mesh:
         split = init_device_mesh(kind, (d.pp, d.dp, d.shards // d.ep, d.ep, d.tp), mesh_dim_names=names)
     coordinates = axes.get_coordinate()
     assert coordinates is not None
-    at = dict(zip(AXES, coordinates, strict=True))
+    at = {str(axis): place for axis, place in zip(AXES, coordinates, strict=True)}
     ep = split["ep"].get_group() if d.ep > 1 else None
     return Mesh(world, d, at, axes, sharded["dp", "fsdp"], split["dp", "fsdp"], ep)

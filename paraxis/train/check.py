@@ -8,9 +8,8 @@ from torch import nn
 from paraxis.base.axes import AXES, Degrees
 from paraxis.base.errors import ConfigError
 from paraxis.base.layout import Whole, place
-from paraxis.base.seams import HasAttention
+from paraxis.base.seams import HasAttention, routed_layers
 from paraxis.parallel.context import kv_copies
-from paraxis.parallel.fsdp import routed_layers
 from paraxis.train.config import RunConfig
 from paraxis.train.stages import build_stages
 
@@ -45,8 +44,8 @@ def check_sequence(config: RunConfig, degrees: Degrees, model: nn.Module) -> Non
     whole = any(isinstance(rule, Whole) for rule in getattr(model, "layout", {}).values())
     if cp > 1 and not (isinstance(model, HasAttention) or whole):
         raise ConfigError(
-            f"parallel.cp={cp} spreads every row over ranks, but {type(model).__name__} has neither use_attention(attend) nor a `Whole` rule "
-            "in its layout table, so nothing would let positions see each other; see docs/how-to-add-a-model.md, or use cp=1"
+            f"parallel.cp={cp} spreads every row over ranks, but {type(model).__name__} has neither use_attention(attend) nor a `Whole` "
+            "rule in its layout table, so nothing would let positions see each other; see docs/how-to-add-a-model.md, or use cp=1"
         )
 
 

@@ -37,6 +37,7 @@ def build_strategy(config: RunConfig, world: World, at: Mapping[str, int], stage
         precision=dtypes,
         remat=config.remat,
         compile=_compile(config, world.device, stages),
+        async_tp=config.parallel.async_tp,
         reshard=_reshard(config, degrees, entries, dtypes, world.device),
         reduce_each_micro_batch=_reduce_each(config, entries, dtypes, world.device),
     )

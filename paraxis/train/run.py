@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from paraxis.base.layout import Placed
-from paraxis.base.seams import Batch, HasAttention, Routed, Rows, Staged
+from paraxis.base.seams import Batch, HasAttention, Routed, Rows, Staged, routed_layers
 from paraxis.base.strategy import Strategy
 from paraxis.data.loader import Loader
 from paraxis.models.init import initialise
@@ -113,7 +113,7 @@ def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None)
         config.optim,
         world.device,
     )
-    routers = {name: layer for model in models.values() for name, layer in routers_of(model).items()}
+    routers = {name: layer for model in models.values() for name, layer in routed_layers(model).items()}
     return Run(
         config=config,
         strategy=strategy,
@@ -123,7 +123,7 @@ def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None)
         shards=shards,
         tied=tied,
         routers=routers,
-        router_sizes={name: layer.tally_s.numel() for name, layer in routers_of(whole).items()},
+        router_sizes={name: layer.tally_s.numel() for name, layer in routed_layers(whole).items()},
         optimizer=optimizer,
         rows=rows,
         held_out=held_out,
@@ -149,11 +149,6 @@ def own_models(config: RunConfig, mesh: Mesh, stages: Stages | None) -> dict[int
             model.keep(stages.layers[stage])
             own[stage] = model
     return own
-
-
-def routers_of(model: nn.Module) -> dict[str, Routed]:
-    """The mixture-of-experts layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Routed)}
 
 
 def filler(model: nn.Module, seed: int) -> Callable[[Tensor, Placed], None]:

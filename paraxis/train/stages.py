@@ -27,7 +27,10 @@ class Stages:
 
 
 def build_stages(config: RunConfig, degrees: Degrees, model: nn.Module) -> Stages | None:
-    """The stages that `config` asks for, of `model` (on the meta device); None without a pipeline. Raises ConfigError for what cannot run."""
+    """The stages that `config` asks for, of `model` (on the meta device); None without a pipeline.
+
+    Raises ConfigError for what cannot run.
+    """
     if degrees.pp == 1:
         return None
     if not isinstance(model, Staged) or not hasattr(model, "blocks"):
