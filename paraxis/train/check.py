@@ -58,10 +58,26 @@ def check_heads(config: RunConfig, degrees: Degrees) -> None:
                 f"model.{field}={heads} is not divisible by parallel.tp={degrees.tp}; "
                 f"use a degree that divides it: {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}"
             )
-    heads, kv_heads = (getattr(config.model, field, None) for field in ("heads", "kv_heads"))
+    heads = getattr(config.model, "heads", None)
+    kv_heads = getattr(config.model, "kv_heads", heads)
     exchange = config.parallel.cp_ulysses or (degrees.cp if config.parallel.cp_kind == "ulysses" else 1)
     if exchange > 1 and isinstance(heads, int) and isinstance(kv_heads, int):
         kv_copies(heads // degrees.tp, kv_heads // degrees.tp, exchange)
+    if degrees.cp > 1 and config.attention != "auto" and context_kind(config, degrees) != "ulysses":
+        raise ConfigError(
+            f"attention={config.attention} attends to whole rows, but parallel.cp_kind={context_kind(config, degrees)} to blocks of keys, "
+            "for which there are other kernels; use attention=auto, which takes the fastest, or cp_kind=ulysses"
+        )
+
+
+def context_kind(config: RunConfig, degrees: Degrees) -> str:
+    """How attention crosses `cp`, `auto` settled: an all-to-all over heads where they divide over the ranks, else a ring."""
+    if config.parallel.cp_ulysses:
+        return "usp"
+    if config.parallel.cp_kind != "auto":
+        return config.parallel.cp_kind
+    heads = getattr(config.model, "heads", None)
+    return "ulysses" if isinstance(heads, int) and heads // degrees.tp % degrees.cp == 0 else "ring"
 
 
 def dropout_of(model: nn.Module) -> str | None:

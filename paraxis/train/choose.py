@@ -17,6 +17,7 @@ from paraxis.ops.attention_parts import choose_parts
 from paraxis.parallel.context import context_attention
 from paraxis.parallel.mesh import Mesh
 from paraxis.parallel.world import World
+from paraxis.train.check import context_kind
 from paraxis.train.config import RunConfig
 from paraxis.train.stages import Stages
 
@@ -89,9 +90,7 @@ def build_attention(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> Attend
     attend = choose_attention(config.attention, device, documents, width, dtype)
     if cp == 1:
         return attend
-    kind = "usp" if parallel.cp_ulysses else parallel.cp_kind
-    if kind == "auto":
-        heads = getattr(config.model, "heads", None)
-        kind = "ulysses" if isinstance(heads, int) and heads // mesh.degrees.tp % cp == 0 else "ring"
-        log.info("context: auto chose %s over cp=%d (%s query heads a rank)", kind, cp, "?" if heads is None else heads // mesh.degrees.tp)
+    kind = context_kind(config, mesh.degrees)
+    if parallel.cp_kind == "auto" and not parallel.cp_ulysses:
+        log.info("context: auto chose %s over cp=%d", kind, cp)
     return context_attention(kind, parallel.cp_ulysses, mesh, attend, choose_parts(device, dtype, documents, width or 0))

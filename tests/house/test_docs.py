@@ -10,12 +10,16 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
+from paraxis.base.axes import DEGREES
+from paraxis.base.layout import parse_layout
+from paraxis.base.strategy import ParallelConfig
 from paraxis.cli import main
+from tools.draw_pictures import FOLDER, pictures, with_table
 
 CHECKOUT = Path(__file__).parents[2]
 DOCUMENTS = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").rglob("*.md"))]
@@ -23,6 +27,10 @@ KNOBS = {"PYTHON", "TORCH"}
 LONGEST_RUN_S = 240  # for all commands of one document
 
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```\s*?$", re.MULTILINE | re.DOTALL)
+
+
+def relative(document: Path) -> str:
+    return document.relative_to(CHECKOUT).as_posix()
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def commands_in(name: str, text: str) -> list[Command]:
 
 
 def document_commands() -> list[Command]:
-    documents = [(path.relative_to(CHECKOUT).as_posix(), path.read_text()) for path in DOCUMENTS]
+    documents = [(relative(path), path.read_text()) for path in DOCUMENTS]
     return [command for name, text in documents for command in commands_in(name, text)]
 
 
@@ -113,6 +121,64 @@ def test_runnable_commands_run(document, tmp_path):
             assert command.words[0] == "paraxis", f"{command.where}: only paraxis is run from a document, not {command.words[0]}"
             done = subprocess.run(command.words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{command.where}: {shlex.join(command.words)}\n{done.stdout}\n{done.stderr}"
+
+
+def rows_of_tables(text: str) -> list[list[str]]:
+    """The cells of every line of a table, without the backticks around them."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and line.endswith("|")]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("name", sorted(pictures()))
+def test_pictures_are_as_the_code_draws_them(name):
+    assert (FOLDER / "pictures" / name).read_text() == pictures()[name], "python -m tools.draw_pictures draws them again"
+
+
+def test_the_table_of_schedules_is_as_the_lists_have_it():
+    page = (FOLDER / "pipeline.md").read_text()
+    assert page == with_table(page), "python -m tools.draw_pictures writes it again"
+
+
+def test_pages_show_every_picture_and_no_other():
+    shown = [name for page in FOLDER.glob("*.md") for name in re.findall(r"!\[[^]]+\]\(pictures/([^)]+)\)", page.read_text())]
+    assert sorted(shown) == sorted(pictures()) == sorted(path.name for path in (FOLDER / "pictures").iterdir())
+
+
+def test_pages_on_axes_have_every_parallel_setting_with_its_default():
+    cells = [row for page in FOLDER.glob("*.md") for row in rows_of_tables(page.read_text())]
+    told = {row[0].removeprefix("parallel."): row[1] for row in cells if row[0].startswith("parallel.")}
+    assert told == {field.name: spelled(field.default) for field in fields(ParallelConfig)}
+
+
+def spelled(default: object) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def test_layouts_mean_what_the_page_says():
+    written = [row for row in rows_of_tables((FOLDER / "README.md").read_text()) if row[1].startswith("--parallel.")]
+    assert len(written) > len(DEGREES)
+    for layout, settings in written:
+        said = dict(word.removeprefix("--parallel.").split("=") for word in settings.split())
+        assert {name: str(value) for name, value in parse_layout(layout).items()} == said
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_links_between_documents_lead_somewhere(document):
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", FENCE.sub("", document.read_text()))
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_tests_that_documents_name_exist(document):
+    """`tests/train/test_resume.py`, and after it `test_same_numbers.py` for one in the same folder."""
+    folder, missing = "", []
+    for name in re.findall(r"`((?:tests/)?[a-z_/]*(?:test_[a-z0-9_]+\.py|/))`", document.read_text()):
+        if name.startswith("tests/"):
+            folder = name.rpartition("/")[0]
+        path = name if name.startswith("tests/") else f"{folder}/{name}"
+        if "test" in name and not (CHECKOUT / path).exists():
+            missing.append(name)
+    assert missing == []
 
 
 EXAMPLE = """
