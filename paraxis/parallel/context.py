@@ -11,7 +11,7 @@ work (Brandon et al., 2023, "Striped Attention", arXiv:2311.09431, has the probl
 b batch rows, T positions of the sequence, t = T/n those of a rank, h query heads, g key/value heads, d head width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from paraxis.base.dtypes import at_least_fp32
 from paraxis.base.errors import ConfigError
 from paraxis.base.seams import Attend, Batch
-from paraxis.ops.attention_parts import Merged, Parts
+from paraxis.ops.attention_parts import Parts
+from paraxis.parallel.blocks import Block, Documents, Plan, attend_in_blocks
 from paraxis.parallel.collectives import Group, gather_sequence
 from paraxis.parallel.mesh import Mesh
 
@@ -72,93 +72,23 @@ def _pieces_of(rank: int, ranks: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Queries and keys, as slices of what the rank has at hand, of which some see some. `masked`: not all are of one document."""
-
-    queries: slice
-    keys: slice
-    causal: bool
-    masked: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """The blocks to compute with the keys at hand, and the document numbers of those keys where documents are kept apart."""
-
-    blocks: Sequence[Block]
-    key_documents_bs: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A rank's attention step by step; between steps, keys and values move one rank on."""
-
-    steps: Sequence[Step]
-    documents_bt: Tensor | None = None
-
-    def mask(self, step: Step, block: Block) -> Tensor | None:
-        """The mask [b, queries, keys] of one block, made when it is needed and dropped after."""
-        if not block.masked:
-            return None
-        assert self.documents_bt is not None
-        assert step.key_documents_bs is not None
-        return self.documents_bt[:, block.queries, None] == step.key_documents_bs[:, None, block.keys]
-
-
-class _Documents:
-    """The document numbers of the whole sequence and, on the host, each piece's lowest and highest in each row."""
-
-    def __init__(self, documents_bt: Tensor, group: Group):
-        ranks = group.size()
-        self.shards_nbt = gather_sequence(documents_bt, group).unflatten(1, (ranks, -1)).movedim(1, 0)
-        self.natural_bt = join_zigzag(self.shards_nbt)
-        low_bp, high_bp = self.natural_bt.unflatten(1, (2 * ranks, -1)).aminmax(dim=-1)
-        self.low_bp, self.high_bp = torch.stack([low_bp, high_bp]).cpu()  # one wait for the device in a forward
-
-    def blocks(self, query_pieces: Sequence[int], key_pieces: Sequence[int]) -> list[Block]:
-        """The pairs of pieces to compute, as slices of what these lists hold: those that may have a document in common.
-
-        Ranges of document numbers that meet are taken for a common document: exact where numbers never fall along a row,
-        as packing has them, else a block may be computed in vain.
-        """
-        piece = self.natural_bt.shape[1] // self.low_bp.shape[1]
-        blocks = []
-        for at_q, q in enumerate(query_pieces):
-            for at_k, k in enumerate(key_pieces):
-                low_q, high_q, low_k, high_k = self.low_bp[:, q], self.high_bp[:, q], self.low_bp[:, k], self.high_bp[:, k]
-                if k > q or not ((low_q <= high_k) & (low_k <= high_q)).any():
-                    continue
-                one_document = bool(((low_q == high_k) & (low_k == high_q)).all())
-                blocks.append(Block(_piece(at_q, piece), _piece(at_k, piece), causal=q == k, masked=not one_document))
-        return blocks
-
-
-def _piece(number: int, piece: int) -> slice:
-    return slice(number * piece, (number + 1) * piece)
-
-
-@dataclass(frozen=True)
 class RingAttention:
     """Keys and values travel round the ring, the next ones on their way while these are computed with."""
 
     group: Group
     parts: Parts
-    _attend: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(_attend_in_blocks))
+    _attend: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(attend_in_blocks))
 
     def mask(self, documents_bt: Tensor | None) -> Plan | None:
-        """Gathers all ranks' document numbers; the plan leaves out pairs of pieces with no common document."""
+        """Gathers all ranks' document numbers; the plan leaves out what has no document in common."""
         if documents_bt is None:
             return None
         ranks, rank = self.group.size(), self.group.rank()
-        documents = _Documents(documents_bt, self.group)
-        steps = [
-            Step(documents.blocks(_pieces_of(rank, ranks), _pieces_of(source, ranks)), documents.shards_nbt[source])
-            for source in self._sources()
-        ]
-        return Plan(steps, documents_bt)
+        documents = Documents(gather_zigzag(documents_bt, self.group), 2 * ranks)
+        return Plan([documents.blocks(_pieces_of(rank, ranks), _pieces_of(source, ranks)) for source in self._sources()])
 
     def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Plan | None) -> Tensor:
-        plan = mask or Plan([Step([self._whole_block(source, q_bthd.shape[1])]) for source in self._sources()])
+        plan = mask or Plan([[self._whole_block(source, q_bthd.shape[1])] for source in self._sources()])
         return self._attend(q_bthd, k_bsgd, v_bsgd, plan, self.parts, self.group)
 
     def _sources(self) -> list[int]:
@@ -168,12 +98,12 @@ class RingAttention:
 
     def _whole_block(self, source: int, length: int) -> Block:
         """All that this rank's queries see of the keys of `source`: always one block, always half the work or less."""
-        rank, everything, half = self.group.rank(), slice(0, length), length // 2
+        rank, rows, everything, half = self.group.rank(), slice(None), slice(0, length), length // 2
         if source == rank:
-            return Block(everything, everything, causal=True)  # the shard's positions rise, so its own causal mask is an ordinary one
+            return Block(rows, everything, everything, causal=True)  # the shard's positions rise, so its own mask is an ordinary one
         if source < rank:
-            return Block(everything, slice(0, half), causal=False)  # its early piece is before, its late piece after all queries
-        return Block(slice(half, length), everything, causal=False)  # only our late piece is after its pieces
+            return Block(rows, everything, slice(0, half), causal=False)  # its early piece is before, its late piece after all queries
+        return Block(rows, slice(half, length), everything, causal=False)  # only our late piece is after its pieces
 
 
 @dataclass(frozen=True)
@@ -182,26 +112,27 @@ class AllGatherAttention:
 
     group: Group
     parts: Parts
-    _attend: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(_attend_in_blocks))
+    _attend: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(attend_in_blocks))
 
     def mask(self, documents_bt: Tensor | None) -> Plan | None:
-        """Gathers all ranks' document numbers; the plan leaves out pairs of pieces with no common document."""
+        """Gathers all ranks' document numbers; the plan leaves out what has no document in common."""
         if documents_bt is None:
             return None
         ranks, rank = self.group.size(), self.group.rank()
-        documents = _Documents(documents_bt, self.group)
-        return Plan([Step(documents.blocks(_pieces_of(rank, ranks), range(2 * ranks)), documents.natural_bt)], documents_bt)
+        documents = Documents(gather_zigzag(documents_bt, self.group), 2 * ranks)
+        return Plan([documents.blocks(_pieces_of(rank, ranks), range(2 * ranks))])
 
     def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Plan | None) -> Tensor:
         k, v = (gather_zigzag(x, self.group) for x in (k_bsgd, v_bsgd))
-        return self._attend(q_bthd, k, v, mask or Plan([Step(self._whole_blocks(q_bthd.shape[1] // 2))]), self.parts, None)
+        return self._attend(q_bthd, k, v, mask or Plan([self._whole_blocks(q_bthd.shape[1] // 2)]), self.parts, None)
 
     def _whole_blocks(self, piece: int) -> list[Block]:
         blocks = []
         for at, number in enumerate(_pieces_of(self.group.rank(), self.group.size())):
-            if number:
-                blocks.append(Block(_piece(at, piece), slice(0, number * piece), causal=False))
-            blocks.append(Block(_piece(at, piece), _piece(number, piece), causal=True))
+            queries, before = slice(at * piece, (at + 1) * piece), number * piece
+            if before:
+                blocks.append(Block(slice(None), queries, slice(0, before), causal=False))
+            blocks.append(Block(slice(None), queries, slice(before, before + piece), causal=True))
         return blocks
 
 
@@ -284,72 +215,6 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         return _AllToAll.apply(grad, ctx.group), None
-
-
-def _pass_on(tensors: list[Tensor], group: Group) -> Callable[[], list[Tensor]]:
-    """Starts sending `tensors` to the next rank; the result waits for, and gives, what came from the one before."""
-    rank, ranks = group.rank(), group.size()
-    before, after = (dist.get_global_rank(group, (rank + by) % ranks) for by in (-1, 1))
-    sent = [x.contiguous() for x in tensors]
-    received = [torch.empty_like(x) for x in sent]
-    sends = [dist.P2POp(dist.isend, x, after, group) for x in sent]
-    works = dist.batch_isend_irecv(sends + [dist.P2POp(dist.irecv, x, before, group) for x in received])
-
-    def wait() -> list[Tensor]:
-        for work in works:
-            work.wait()
-        sent.clear()  # held until here: they were on their way
-        return received
-
-    return wait
-
-
-class _BlockAttention(torch.autograd.Function):
-    """Attention by the blocks of a plan. With several steps, keys and values (and, going back, their gradients) go round `group`."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, plan: Plan, parts: Parts, group: Group | None) -> Tensor:  # type: ignore[override]
-        merged = Merged.nothing(q, v.shape[-1])
-        k_v = [k, v]
-        for number, step in enumerate(plan.steps):
-            coming = _pass_on(k_v, group) if group and number + 1 < len(plan.steps) else None
-            for block in step.blocks:
-                at_k, at_v = (x[:, block.keys] for x in k_v)
-                part = parts.forward(q[:, block.queries], at_k, at_v, causal=block.causal, mask=plan.mask(step, block))
-                merged.add(block.queries, *part)
-            k_v = coming() if coming else k_v
-        out = merged.out_bthd.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, merged.lse_bht)
-        ctx.settings = plan, parts, group
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        plan, parts, group = ctx.settings
-        grad = grad.contiguous()  # the kernels take no expanded one
-        q_grad = torch.zeros_like(at_least_fp32(q))
-        k_v, gone, grads = [k, v], None, []
-        for number, step in enumerate(plan.steps):
-            coming = _pass_on(k_v, group) if group and number + 1 < len(plan.steps) else None
-            grads = [torch.zeros_like(at_least_fp32(x)) for x in k_v]
-            for block in step.blocks:
-                at_q, at_grad, at_out = (x[:, block.queries] for x in (q, grad, out))
-                at_k, at_v = (x[:, block.keys] for x in k_v)
-                at_lse = lse[:, :, block.queries]
-                made = parts.backward(at_grad, at_q, at_k, at_v, at_out, at_lse, causal=block.causal, mask=plan.mask(step, block))
-                for total, at, part in zip((q_grad, *grads), (block.queries, block.keys, block.keys), made, strict=True):
-                    total[:, at] += part
-            # What earlier ranks found out about these keys has travelled behind them, in at least fp32 since it is a sum over ranks.
-            grads = [a + b for a, b in zip(grads, gone(), strict=True)] if gone else grads
-            gone = _pass_on(grads, group) if group and len(plan.steps) > 1 else None
-            k_v = coming() if coming else k_v
-        k_grad, v_grad = gone() if gone else grads
-        return q_grad.to(q.dtype), k_grad.to(k.dtype), v_grad.to(v.dtype), None, None, None
-
-
-def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, parts: Parts, group: Group | None) -> Tensor:
-    return _BlockAttention.apply(q, k, v, plan, parts, group)
 
 
 def _all_to_all(x: Tensor, group: Group) -> Tensor:

@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from paraxis.base.errors import ConfigError
-from paraxis.ops.attention import Reference, Sdpa
-from paraxis.ops.attention_parts import CpuFlashParts, ReferenceParts
+from paraxis.ops.attention import Reference, Sdpa, document_mask
+from paraxis.ops.attention_parts import CpuFlashParts, ReferenceParts, VarlenParts
+from paraxis.parallel.blocks import Documents, Plan, attend_in_blocks
 from paraxis.parallel.context import (
     AllGatherAttention,
     RingAttention,
@@ -172,17 +173,108 @@ def test_a_ring_of_more_ranks_holds_proportionally_less(name):
 
 
 def blocks_on_rank(kind, name):
+    """Each block's rows and whether it has several documents, of all steps."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     plan = build(kind, CpuFlashParts()).mask(split_zigzag(documents(name), ranks)[rank])
-    return [block for step in plan.steps for block in step.blocks]
+    return [(block.rows, block.documents is not None) for blocks in plan.steps for block in blocks]
 
 
 @pytest.mark.parametrize("kind", ["ring", "allgather"])
 def test_documents_that_end_at_splits_cost_their_own_blocks_only(kind):
-    # 8 pieces of 4 positions; documents of 8 in one row, of 16 in the other: 2 causal triangles of 4 pieces, no two meet beyond.
+    # 8 pieces of 4 positions, documents of 8 in one row and of 16 in the other. A piece and itself: 8. Pieces of one document: 12 pairs
+    # in the second row, of which 4 in the first row too, and then in one block.
     blocks = [block for blocks in run_world(blocks_on_rank, 4, kind, "at splits") for block in blocks]
-    assert len(blocks) == 2 * (4 * 5 // 2)
-    assert sum(not block.masked for block in blocks) == 8 + 4  # the diagonal, and each document of the first row
+    assert len(blocks) == 8 + 12
+    assert not any(several for _, several in blocks)
+    assert sum(rows == slice(0, 2) for rows, _ in blocks) == 4
+
+
+def pairs_seen(blocks, rows, positions, length):
+    """How often each query sees each key, [rows, length, length], by what the blocks of one rank's positions say."""
+    seen = torch.zeros(rows, length, length, dtype=torch.int64)
+    for block in blocks:
+        queries, keys = positions[block.queries], torch.arange(length)[block.keys]
+        here = torch.ones(rows, len(queries), len(keys), dtype=torch.bool)[block.rows]
+        if block.causal:
+            here = here.tril()
+        if block.documents:
+            numbers = block.documents.numbers(rows, len(queries))
+            here = here & (numbers[:, :, None] == numbers[:, None, :])
+        else:
+            assert here.any(-1).all(), "a query without keys"
+        seen[block.rows, queries[:, None], keys] += here
+    return seen
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("often", [0.0, 0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("piece", [1, 2, 5])
+def test_blocks_show_each_query_its_document_s_keys_once(ranks, often, piece):
+    begins = torch.rand(3, 2 * ranks * piece, generator=torch.Generator().manual_seed(ranks)) < often
+    documents_bt = begins.long().cumsum(1)
+    rows, length = documents_bt.shape
+    blocks = Documents(documents_bt, 2 * ranks)
+    seen = torch.zeros(rows, length, length, dtype=torch.int64)
+    for rank in range(ranks):
+        pieces = (rank, 2 * ranks - 1 - rank)
+        seen += pairs_seen(blocks.blocks(pieces, range(2 * ranks)), rows, zigzag_positions(length, ranks, rank), length)
+    assert torch.equal(seen, document_mask(documents_bt).long())
+
+
+def on_one_device(parts, qkv, cotangent, documents_bt, ranks):
+    """Output and gradients of each rank in turn, in natural order, from all keys and values and no group."""
+    plans = Documents(documents_bt, 2 * ranks)
+    q, k, v, cotangents = qkv[0], *(x.detach().requires_grad_() for x in qkv[1:]), split_zigzag(cotangent, ranks)
+    outs, q_grads, kv_grads = [], [], []
+    for rank, own in enumerate(split_zigzag(q, ranks)):
+        own = own.detach().requires_grad_()
+        plan = Plan([plans.blocks((rank, 2 * ranks - 1 - rank), range(2 * ranks))])
+        out = attend_in_blocks(own, k, v, plan, parts, None)
+        q_grad, *kv_grad = torch.autograd.grad(out, (own, k, v), cotangents[rank])
+        outs.append(out.detach())
+        q_grads.append(q_grad)
+        kv_grads.append(kv_grad)
+    sums = [torch.stack([x.double() for x in grads]).sum(0) for grads in zip(*kv_grads, strict=True)]
+    return [join_zigzag(torch.stack(outs)), join_zigzag(torch.stack(q_grads)), *sums]
+
+
+def check_one_device(parts, name, kv_heads, dtype, device, bound, length=LENGTH, width=8):
+    g = torch.Generator().manual_seed(kv_heads)
+    made = [torch.randn(2, length, n, width, generator=g, dtype=torch.float64) for n in (4, kv_heads, kv_heads, 4)]
+    *qkv, cotangent = (x.to(device, dtype) for x in made)
+    documents_bt = documents(name, length).to(device)
+    ours = on_one_device(parts, qkv, cotangent, documents_bt, 4)
+    theirs = outcome(Reference(), [x.double() for x in qkv], cotangent.double(), documents_bt)
+    for what, a, b in zip(("out", "dq", "dk", "dv"), ours, theirs, strict=True):
+        error = ((a.double() - b).abs().max() / b.abs().max()).item()
+        assert error < bound, f"{what} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("parts", [ReferenceParts(), CpuFlashParts()])
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_every_rank_s_blocks_add_up_to_whole_attention(parts, name):
+    check_one_device(parts, name, 2, torch.float64, "cpu", 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("length", [LENGTH, 1024])
+def test_every_rank_s_blocks_on_cuda_add_up_to_whole_attention(kv_heads, name, length):
+    check_one_device(VarlenParts(), name, kv_heads, torch.bfloat16, "cuda", 2e-2, length, width=64)
+
+
+@pytest.mark.gpu
+def test_long_rows_of_documents_need_no_score_or_mask_of_pairs_on_cuda():
+    length, device = 32768, torch.device("cuda")
+    ends = torch.rand(1, length, generator=torch.Generator().manual_seed(0)) < 1e-3
+    documents_bt = ends.long().cumsum(1).to(device)
+    q, k, v, cotangent = (torch.randn(1, length, n, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2, 4))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    on_one_device(VarlenParts(), [q, k, v], cotangent, documents_bt, 2)
+    piece = length // 4
+    assert torch.cuda.max_memory_allocated() - before < 4 * piece * piece * 2  # bytes of two heads' scores of one block, in fp32
 
 
 def test_every_rank_has_the_same_positions_early_and_late():
