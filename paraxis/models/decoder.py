@@ -43,10 +43,10 @@ class Decoder(nn.Module):
 
     layout: ClassVar[LayoutTable] = {
         "embed.weight": Split("tp", 0),
-        "layers.*.attention": Gather(),
+        "layers.*.attention": Gather(readers=("q_proj", "k_proj", "v_proj")),
         "layers.*.attention.[qkv]_proj.weight": Split("tp", 0),
         "layers.*.attention.o_proj.weight": Split("tp", 1),
-        "layers.*.mlp": Gather(),
+        "layers.*.mlp": Gather(readers=("gate_proj", "up_proj")),
         "layers.*.mlp.gate_proj.weight": Split("tp", 0),
         "layers.*.mlp.up_proj.weight": Split("tp", 0),
         "layers.*.mlp.down_proj.weight": Split("tp", 1),

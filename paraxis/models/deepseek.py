@@ -9,7 +9,7 @@ from typing import Annotated
 
 from paraxis.base.errors import ConfigError
 from paraxis.base.keys import KeyTable, Stacked
-from paraxis.base.layout import LayoutTable, Partial, Split
+from paraxis.base.layout import Gather, LayoutTable, Partial, Split
 from paraxis.models import llama
 from paraxis.models.decoder import Block, Decoder
 from paraxis.models.init import Init, Normal
@@ -158,6 +158,7 @@ def layout_table(config: DeepSeekConfig) -> LayoutTable:
     return {
         **mixed,
         **Decoder.layout,
+        "layers.*.attention": Gather(),  # latent vectors, made on every rank, are made of its input too
         "layers.*.attention.q_b_proj.weight": Split("tp", 0),
         "layers.*.attention.kv_b_proj.weight": Split("tp", 0),
         "layers.*.mlp.experts.gate_proj": (Split("ep", 0), Split("tp", 2)),

@@ -62,6 +62,19 @@ def sum_and_scatter_sequence(x: Tensor, group: Group) -> Tensor:
     return _Scatter.apply(x, group)
 
 
+def shift(x: Tensor, by: int, group: Group) -> Tensor:
+    """Starts sending `x` to the rank `by` places on, round the end; `arrived` waits for what comes from as far back. Outside autograd."""
+    rank, ranks = group.rank(), group.size()
+    sent, received = [0] * ranks, [0] * ranks
+    sent[(rank + by) % ranks] = received[(rank - by) % ranks] = x.shape[0]
+    return functional.all_to_all_single(x.contiguous(), received, sent, group)
+
+
+def arrived(x: Tensor) -> Tensor:
+    """What a `shift` brings, once it is there."""
+    return functional.wait_tensor(x)
+
+
 def own_positions(x: Tensor, rank: int, ranks: int) -> Tensor:
     """This rank's part [b, t/n, ...] of a tensor [b, t, ...] that every rank holds. Backward leaves the other positions zero."""
     part = x.shape[1] // ranks

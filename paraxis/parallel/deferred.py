@@ -6,6 +6,7 @@ needs only its input and its output's gradient, which are kept until then; vecto
 
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,25 +42,31 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, grad_bias, None
-        parameter = ctx.weight
-
-        def product() -> Tensor:
-            return grad.flatten(0, -2).t() @ x.flatten(0, -2)
-
-        if not ctx.owed.defer:
-            return grad_x, product(), grad_bias, None
-        ctx.owed.add(lambda: _accumulate(parameter, product()))
-        return grad_x, None, grad_bias, None
+        grad_weight = weight_gradient(x, grad, ctx.weight, ctx.owed) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad_bias, None
 
 
-def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, owed: OwedGradients | None) -> Tensor | None:
+    """The gradient of a linear layer's weight, of its input and its output's gradient; or None, and it is owed."""
+
+    def product() -> Tensor:
+        return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+    if owed is None or not owed.defer:
+        return product()
+    owed.add(lambda: _accumulate(weight, product()))
+    return None
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def defer_linears(module: nn.Module, owed: OwedGradients) -> None:
-    """Lets every linear layer of `module` put off its weight's gradient, those that sum over tensor-parallel ranks too."""
+    """Lets every linear layer of `module` put off its weight's gradient, those that sum over tensor-parallel ranks too.
+
+    Layers that have `owed` know how to, once they are told to whom.
+    """
 
     def forward(layer: nn.Linear, x: Tensor) -> Tensor:
         return _Linear.apply(x, layer.weight, layer.bias, owed)
@@ -67,8 +74,11 @@ def defer_linears(module: nn.Module, owed: OwedGradients) -> None:
     def product(layer: nn.Linear, x: Tensor) -> Tensor:
         return _Linear.apply(x, layer.weight, None, owed)
 
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear) and hasattr(layer, "product"):
+    linears: list[Any] = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    for layer in linears:
+        if hasattr(layer, "owed"):
+            layer.owed = owed
+        elif hasattr(layer, "product"):
             layer.product = types.MethodType(product, layer)
-        elif isinstance(layer, nn.Linear):
+        else:
             layer.forward = types.MethodType(forward, layer)

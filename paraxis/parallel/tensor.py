@@ -8,7 +8,7 @@ Source: Shoeybi et al. 2019 (Megatron-LM); Korthikanti et al. 2022, section 4.2.
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,14 @@ from paraxis.base.layout import Gather, LayoutTable, Partial, Placed, Split, Who
 from paraxis.parallel.collectives import Group, gather_sequence, own_positions, sum_and_scatter_sequence
 from paraxis.parallel.context import gather_zigzag, split_zigzag
 from paraxis.parallel.mesh import Mesh
+from paraxis.parallel.overlap import read_while_gathering, scatter_while_multiplying
 
 
-def shard_tensors(model: nn.Module, table: LayoutTable, placed: Mapping[str, Placed], mesh: Mesh) -> None:
+def shard_tensors(model: nn.Module, table: LayoutTable, placed: Mapping[str, Placed], mesh: Mesh, *, overlap: bool = False) -> None:
     """Cuts the split parameters of a model on the meta device to this rank's part, and installs the sequence collectives.
 
-    Raises ConfigError for a split parameter of a layer that has no tensor-parallel form.
+    With `overlap` they run beside the products that need them, where the table says enough (see `overlap.py`).
+    Raises ConfigError for a split parameter of a layer that has no tensor-parallel form, and for a `Gather` that names a wrong reader.
     """
     summed_outside = tuple(f"{name}." for name, _ in model.named_modules() if name and isinstance(matching(table, name), Partial))
     for name, module in model.named_modules():
@@ -34,15 +36,35 @@ def shard_tensors(model: nn.Module, table: LayoutTable, placed: Mapping[str, Pla
                 continue
             setattr(module, short, nn.Parameter(torch.empty(where.computed.sizes, dtype=parameter.dtype, device="meta")))
             if short == "weight" and (split := where.split_along("tp")):
-                _adapt(module, name, where, split, mesh.tp, summed=not name.startswith(summed_outside))
+                _adapt(module, name, where, split, mesh.tp, summed=not name.startswith(summed_outside), overlap=overlap)
         if name:
-            _spread_sequence(module, matching(table, name), mesh)
+            rule = matching(table, name)
+            readers = _readers(name, rule, placed) if overlap else ()
+            _spread_sequence(module, rule, mesh, readers)
 
 
-def _spread_sequence(module: nn.Module, rule: object, mesh: Mesh) -> None:
-    """Gives a module the whole sequence where its rule asks for it, and takes this rank's positions of what it makes."""
+def _readers(name: str, rule: object, placed: Mapping[str, Placed]) -> tuple[str, ...]:
+    """The layers that the rule of the module `name` says read its input; ConfigError where one is not split along its outputs."""
+    readers = rule.readers if isinstance(rule, Gather) else ()
+    for reader in readers:
+        where = placed.get(f"{name}.{reader}.weight")
+        if where is None or where.split_along("tp") != Split("tp", 0):
+            raise ConfigError(
+                f'the layout table says that {name}.{reader} reads what {name} gathers, but does not split its weight by Split("tp", 0); '
+                f"do that, or leave the readers out"
+            )
+    return readers
+
+
+def _spread_sequence(module: nn.Module, rule: object, mesh: Mesh, readers: tuple[str, ...]) -> None:
+    """Gives a module the whole sequence where its rule asks for it, and takes this rank's positions of what it makes.
+
+    Where `readers` multiply the sequence while it is gathered, the module gets their products instead.
+    """
     tp, cp = mesh.degrees.tp > 1, mesh.degrees.cp > 1
-    if tp and isinstance(rule, Gather | Partial | Whole):
+    if tp and readers:
+        read_while_gathering(module, readers, mesh.tp)
+    elif tp and isinstance(rule, Gather | Partial | Whole):
         module.register_forward_pre_hook(_GatherInput(mesh.tp))
     if tp and isinstance(rule, Partial):
         module.register_forward_hook(_SumAndScatter(mesh.tp))
@@ -54,14 +76,18 @@ def _spread_sequence(module: nn.Module, rule: object, mesh: Mesh) -> None:
             module.register_forward_hook(_KeepOwnPositions(mesh.tp))
 
 
-def _adapt(module: nn.Module, name: str, where: Placed, split: Split, group: Group, *, summed: bool) -> None:
-    """Gives a layer whose weight is split the forward that its split needs. `summed`: the layer itself sums its partial outputs."""
+def _adapt(module: nn.Module, name: str, where: Placed, split: Split, group: Group, *, summed: bool, overlap: bool) -> None:
+    """Gives a layer whose weight is split the forward that its split needs. `summed`: the layer itself sums its partial outputs;
+    `overlap`: while it makes them.
+    """
     if isinstance(module, nn.Linear) and split.dim == 0:
         module.out_features = where.computed.sizes[0]  # each rank makes its own outputs; nothing else changes
     elif isinstance(module, nn.Linear) and split.dim == 1:
         module.in_features = where.computed.sizes[1]
-        if summed:
-            module.product = types.MethodType(_product, module)
+        if summed and overlap:
+            scatter_while_multiplying(module, group)
+        elif summed:
+            cast(Any, module).product = types.MethodType(_product, module)
             module.forward = types.MethodType(_summed_linear(group), module)
         elif module.bias is not None:
             raise ConfigError(f"the layout table sums the output around {name}, which would add its bias once a rank; leave the bias out")

@@ -40,7 +40,7 @@ def build_strategy(config: RunConfig, world: World, at: Mapping[str, int], stage
         compile=_compile(config, world.device, stages),
         async_tp=config.parallel.async_tp,
         reshard=_reshard(config, degrees, entries, dtypes, world.device),
-        reduce_each_micro_batch=_reduce_each(config, entries, dtypes, world.device),
+        reduce_each_micro_batch=_reduce_each(config, stages, entries, dtypes, world.device),
     )
 
 
@@ -73,9 +73,12 @@ def _reshard(config: RunConfig, degrees: Degrees, entries: int, dtypes: Precisio
     return freed
 
 
-def _reduce_each(config: RunConfig, entries: int, dtypes: Precision, device: Device) -> bool:
+def _reduce_each(config: RunConfig, stages: Stages | None, entries: int, dtypes: Precision, device: Device) -> bool:
     if config.parallel.reduce != "auto":
         return config.parallel.reduce == "micro_batch"
+    if stages is not None and stages.schedule.splits_backward:
+        log.info("gradients: auto reduces them once a step: parallel.schedule=%s makes a stage's at different times", stages.schedule.name)
+        return False
     whole = entries * dtypes.reduce.itemsize
     each = device.is_cuda and whole > WHOLE_GRADIENT_SHARE * device.memory_bytes
     log.info("gradients: auto reduces them %s (%.1f GiB whole)", "after each micro-batch" if each else "once a step", whole / 2**30)

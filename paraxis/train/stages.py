@@ -72,6 +72,11 @@ def build_order(config: RunConfig, degrees: Degrees) -> Schedule:
             f"compile={config.compile} cannot split a backward in two, which parallel.schedule={name} does; "
             "use compile=none (auto chooses it), or a schedule with whole backwards: 1f1b, interleaved, gpipe, bfs"
         )
+    if schedule.splits_backward and parallel.reduce == "micro_batch":
+        raise ConfigError(
+            f"parallel.reduce=micro_batch sums a stage's gradients after each backward, which parallel.schedule={name} splits in two; "
+            "use parallel.reduce=step (auto chooses it), or a schedule with whole backwards: 1f1b, interleaved, gpipe, bfs"
+        )
     return schedule
 
 
