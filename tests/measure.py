@@ -1,7 +1,9 @@
 """What a layout computes in tests: worlds of gloo ranks, measured by the lines that `paraxis verify` measures with."""
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,12 +27,16 @@ __all__ = ["MadeRows", "Measured", "Part", "batches_of", "joined", "measure", "p
 
 @dataclass
 class Measured:
-    """Losses and norms by step; gradients of the first step and weights after the last, whole, by parameter name."""
+    """Losses and norms by step; gradients of the first step and weights after the last, whole, by parameter name.
+
+    `tokens`: by mixture-of-experts layer, how many tokens the first step sent to each expert.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     grads: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
 def this_world() -> World:
@@ -58,14 +64,17 @@ def joined(ranks: list[list[Part]]) -> dict[str, Tensor]:
     return whole
 
 
-def measure(*, config: RunConfig, layout: str, rows: Any, steps: int = 2, timeout: float = 100.0) -> Measured:
-    """What `config` computes on `layout` ("" is one process), on a new world of that many ranks."""
+def measure(
+    *, config: RunConfig, layout: str, rows: Any, steps: int = 2, timeout: float = 100.0, parallel: Mapping[str, Any] = MappingProxyType({})
+) -> Measured:
+    """What `config` computes on `layout` ("" is one process) with more settings of `parallel`, on a new world of that many ranks."""
     config = with_layout(config, layout)
+    config = replace(config, parallel=replace(config.parallel, **parallel))
     ranks: list[verify_measure.Measured] = run_world(measure_rank, config.parallel.degrees.ranks, config, rows, steps, timeout=timeout)
     losses, norms = ranks[0].losses, ranks[0].norms
     assert all(r.losses == losses and r.norms == norms for r in ranks), "ranks report different losses or norms"
-    gradients, weights = (joined([rank.parts[kind] for rank in ranks]) for kind in ("gradient", "weight"))
-    return Measured(losses[1:], norms[1:], gradients, weights)  # the first are those of the pass that trains nothing
+    wholes = [joined([rank.parts[kind] for rank in ranks]) for kind in ("gradient", "weight", "tokens")]
+    return Measured(losses[1:], norms[1:], *wholes)  # the first are those of the pass that trains nothing
 
 
 def batches_of(rows: Any, first: int, count: int) -> Batch:

@@ -8,7 +8,7 @@ import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from paraxis.base.seams import Batch
 from paraxis.models.decoder import Decoder
 from paraxis.models.llama import LlamaConfig
+from paraxis.models.qwen3 import Qwen3MoEConfig
 from paraxis.observe.config import MetricsConfig
+from paraxis.ops.loss import reference_head_loss
+from paraxis.ops.routing import RoutingConfig
 from paraxis.optim.config import OptimConfig
 from paraxis.train.config import RunConfig, TrainConfig
 
@@ -36,7 +39,7 @@ class Rows:
     fingerprint: str = "planted"
 
     def row(self, index: int) -> dict[str, np.ndarray]:
-        if index in self.config.killing_rows:
+        if index in self.config.killing_rows and self.config.killed_rank in (-1, int(os.environ.get("RANK", "0"))):
             os.kill(os.getpid(), signal.SIGKILL)
         if index in self.config.raising_rows:
             raise ValueError(f"row {index} cannot be read")
@@ -58,6 +61,7 @@ class PlantedData:
     bad_rows: Annotated[tuple[int, ...], "rows whose loss is not a number"] = ()
     raising_rows: Annotated[tuple[int, ...], "rows that cannot be read"] = ()
     killing_rows: Annotated[tuple[int, ...], "rows whose reader is killed"] = ()
+    killed_rank: Annotated[int, "which of a row's readers that is; -1: all of them"] = -1
     signal_row: Annotated[int, "row whose first reader sends `signal` to the launcher"] = -1
     one_process: Annotated[bool, "the reader itself was started by a person"] = False
     signal: Annotated[int, "that signal"] = 0
@@ -108,11 +112,53 @@ class PoisonedConfig:
         return self.llama.flops_per_token(seq_len)
 
 
+class Bigrams(nn.Module):
+    """Predicts from one token alone: it has no blocks that a pipeline could cut, and nothing lets its positions see each other."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size, bias=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return reference_head_loss(self.embed(batch.tokens_bt), self.head.weight, batch.targets_bt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigramsConfig:
+    """The size of its vocabulary."""
+
+    vocab_size: Annotated[int, "entries of the vocabulary"] = VOCABULARY
+
+    def build(self) -> nn.Module:
+        return Bigrams(self.vocab_size)
+
+
 def run() -> RunConfig:
     """Eight steps of a row on each data rank."""
+    return _of(PoisonedConfig())
+
+
+def layers() -> RunConfig:
+    """The same of four plain layers."""
+    return _of(LlamaConfig(vocab_size=VOCABULARY, width=16, layers=4, heads=4, kv_heads=2, mlp_width=32))
+
+
+def experts() -> RunConfig:
+    """The same of a mixture of experts whose balance loss, z-loss and selection bias are all on."""
+    routing = RoutingConfig(experts=8, chosen=2, balance_loss=0.1, z_loss=0.1, bias_rate=0.003)
+    sizes = {"vocab_size": VOCABULARY, "width": 16, "layers": 4, "heads": 4, "kv_heads": 2, "head_size": 4, "mlp_width": 16}
+    return _of(Qwen3MoEConfig(**sizes, routing=routing))
+
+
+def bigrams() -> RunConfig:
+    """The same of a model that cannot be cut at all."""
+    return _of(BigramsConfig())
+
+
+def _of(model: Any) -> RunConfig:
     return RunConfig(
         name="planted",
-        model=PoisonedConfig(),
+        model=model,
         data=PlantedData(),
         train=TrainConfig(steps=8),
         optim=OptimConfig(lr=1e-2, warmup=0),

@@ -29,6 +29,61 @@ def train(text: Path) -> Train:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        ("--parallel.pp=2 --model.layers=1", ["1 layers cannot be cut into 2 pipeline stages", "lower parallel.pp"]),
+        (
+            "--parallel.pp=2 --model.layers=4 --parallel.schedule=interleaved --parallel.microbatches=3",
+            ["parallel.schedule=interleaved takes micro-batches in groups of pp=2, and 3 is no multiple", "use 2 or 4"],
+        ),
+        (
+            "--parallel.pp=2 --model.layers=4 --parallel.schedule=zbv --parallel.microbatches=2",
+            ["parallel.schedule=zbv needs at least 3 micro-batches on 2 ranks, not 2"],
+        ),
+        (
+            "--parallel.pp=2 --model.layers=4 --parallel.schedule=dualpipev --parallel.microbatches=3",
+            ["parallel.schedule=dualpipev needs at least 4 micro-batches on 2 ranks, not 3"],
+        ),
+        (
+            "--parallel.pp=2 --model.layers=4 --parallel.cuts=1,2",
+            ["parallel.cuts=1,2 gives 2 stages 3 layers in all", "1f1b on pp=2 has 2 stages, and the model 4 layers"],
+        ),
+        (
+            "--parallel.pp=2 --model.layers=4 --parallel.cuts=1,2,1",
+            ["parallel.cuts=1,2,1 gives 3 stages 4 layers in all", "1f1b on pp=2 has 2 stages"],
+        ),
+        ("--parallel.pp=2 --model.layers=4 --parallel.cuts=0,4", ["parallel.cuts=0,4: every stage needs a layer at least"]),
+        ("--parallel.pp=2 --model.layers=4 --parallel.schedule=1b1f", ["parallel.schedule='1b1f' is unknown", "1f1b", "CSV file"]),
+        (
+            "--parallel.pp=2 --model.layers=4 --parallel.schedule=no.csv",
+            ["parallel.schedule=no.csv: the file cannot be read: No such file"],
+        ),
+        ("--parallel.schedule=zbv", ["parallel.schedule=zbv says nothing while parallel.pp=1"]),
+        ("--parallel.stages_a_rank=2", ["parallel.stages_a_rank=2 says nothing while parallel.pp=1"]),
+        ("--parallel.cp_kind=ring", ["parallel.cp_kind=ring says nothing while parallel.cp=1"]),
+        (
+            "--parallel.pp=2 --model.layers=4 --parallel.schedule=zbv --compile=inductor",
+            ["compile=inductor cannot split a backward in two, which parallel.schedule=zbv does", "compile=none", "1f1b"],
+        ),
+        (
+            "--parallel.pp=2 --model.layers=4 --parallel.schedule=zbv --parallel.reduce=micro_batch",
+            ["parallel.reduce=micro_batch", "which parallel.schedule=zbv splits in two", "parallel.reduce=step", "1f1b"],
+        ),
+        ("--parallel.cp=2 --data.seq_len=18", ["data.seq_len=18 is not a multiple of 4", "parallel.cp=2", "use 16 or 20"]),
+        ("--parallel.cp=2 --parallel.tp=2 --data.seq_len=2", ["data.seq_len=2 is not a multiple of 4", "parallel.tp=2", "use 4, "]),
+        (
+            "--parallel.cp=4 --parallel.cp_kind=ulysses --model.heads=6 --model.width=36",
+            ["4 context ranks exchange heads", "a rank's 6 query heads", "parallel.cp_kind=ring"],
+        ),
+        (
+            "--parallel.cp=2 --parallel.tp=2 --parallel.cp_kind=ulysses --model.heads=2",
+            ["2 context ranks exchange heads", "a rank's 1 query heads", "parallel.cp_kind=ring"],
+        ),
+        (
+            "--parallel.cp=4 --parallel.cp_kind=usp --parallel.cp_ulysses=3",
+            ["parallel.cp_ulysses=3 does not divide parallel.cp=4; choose one that does"],
+        ),
+        ("--parallel.cp=4 --parallel.cp_kind=usp", ["parallel.cp_kind=usp needs parallel.cp_ulysses"]),
+        ("--parallel.ep=2", ["parallel.ep=2 does not divide fsdp x cp = 1", "raise fsdp"]),
+        ("--parallel.fsdp=2 --parallel.ep=2", ["parallel.ep=2 shares out experts, but Decoder has none; use ep=1"]),
         ("--parallel.tp=2 --ranks=3", ["tp2 needs 2 ranks but 3 were started", "start 2"]),
         ("--parallel.fsdp=-1 --parallel.tp=2 --ranks=3", ["3 ranks are not a multiple of 2", "lower a degree"]),
         ("--parallel.tp=0", ["parallel.tp=0", "use 1 or more"]),
@@ -49,6 +104,36 @@ def test_a_setting_that_cannot_be_met_is_refused_before_anything_is_written(argu
     words = refusal(paraxis(*train(*arguments.split()), folder=tmp_path), CONFIG)
     assert all(part in words for part in parts), words
     assert {path.name for path in tmp_path.glob("run/*")} <= {"lock"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "parts"),
+    [
+        ("bigrams", "--parallel.pp=2", ["parallel.pp=2 cuts a model into stages, but Bigrams has no keep(layers)", "how-to-add-a-model"]),
+        ("bigrams", "--parallel.cp=2", ["parallel.cp=2 spreads every row over ranks, but Bigrams has neither use_attention", "use cp=1"]),
+        ("experts", "--parallel.fsdp=3 --parallel.ep=3", ["parallel.ep=3 does not divide layers.0.mlp.experts.gate_proj", "8 entries"]),
+    ],
+)
+def test_a_model_that_cannot_be_spread_so_is_refused(recipe: str, arguments: str, parts: list[str], tmp_path: Path):
+    words = refusal(paraxis("train", f"{RECIPES}:{recipe}", "--run-dir=run", *arguments.split(), folder=tmp_path), CONFIG)
+    assert all(part in words for part in parts), words
+
+
+@pytest.mark.parametrize(
+    ("lists", "parts"),
+    [
+        (["0F0,0B0", "1F0,1B0", "2F0,2B0"], ["schedule.csv is for 3 pipeline ranks and 1 micro-batches", "parallel.pp=2 and 2"]),
+        (["0F0,0F1,0B0", "1F0,1B0,1F1,1B1"], ["stage 0 has 1 F, 0 B, 0 I, 0 W of micro-batch 1", "it needs one F, and one B"]),
+        (["0F0,0B0,0F1,0B1", "1F1,1B1,1F0,1B0"], ["never ends", "rank 0 at 0B0", "rank 1 at 1F1"]),
+        (["0F0,0F1,0B0,0B1", "1F0,1G0,1F1,1B1"], ["schedule.csv, line 2: '1G0' is no action; write stage, one of F, B, I, W"]),
+    ],
+    ids=["of other ranks", "a backward is missing", "waits for ever", "no action"],
+)
+def test_a_schedule_in_a_file_is_proved_before_it_runs(lists: list[str], parts: list[str], tmp_path: Path):
+    (tmp_path / "schedule.csv").write_text("\n".join(lists))
+    run = ["train", f"{RECIPES}:layers", "--parallel.pp=2", "--parallel.schedule=schedule.csv", "--parallel.microbatches=2"]
+    words = refusal(paraxis(*run, "--run-dir=run", folder=tmp_path), CONFIG)
+    assert all(part in words for part in parts), words
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest(tmp_path: Path):

@@ -24,6 +24,18 @@ def test_a_killed_rank_is_named_and_nobody_else_speaks(layout: list[str], tmp_pa
     assert [step["step"] for step in metrics(tmp_path / "run")] == list(range(1, 1 + len(metrics(tmp_path / "run"))))
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_of_a_pipeline_ends_its_peer(rank: int, schedule: str, tmp_path: Path):
+    layout = ["--parallel.pp=2", f"--parallel.schedule={schedule}", "--train.global_tokens=32", "--train.steps=1000"]
+    run = ["train", f"{RECIPES}:layers", *layout, "--run-dir=run", "--data.killing_rows=41", f"--data.killed_rank={rank}"]
+    ended = paraxis(*run, folder=tmp_path)
+    assert f"rank {rank} was killed by SIGKILL" in refusal(ended, 128 + signal.SIGKILL)
+    assert ended.err.count("paraxis: error") == 1
+    assert ended.seconds < 30
+    assert metrics(tmp_path / "run")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception_on_one_rank_is_shown_once_with_its_traceback(rank: int, tmp_path: Path):
     run = ["train", f"{RECIPES}:run", "--parallel.fsdp=2", "--train.steps=1000", "--run-dir=run", f"--data.raising_rows={20 + rank}"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.runs import RECIPES, SMALL, Command, assert_same_curves, assert_same_state, events, metrics, paraxis, saved, succeeded
 
@@ -16,8 +17,19 @@ LAYOUTS = {
     "fsdp2 x tp2": ["--parallel.fsdp=2", "--parallel.tp=2"],
     "dp2": ["--parallel.dp=2"],
     "tp2, bf16": ["--parallel.tp=2", "--precision=bf16"],
+    "pp2": ["--parallel.pp=2", "--model.layers=2"],
+    "pp2.zbv, tied": ["--parallel.pp=2", "--parallel.schedule=zbv", "--model.layers=4", "--model.tied=true"],
+    "pp2 x fsdp2, tied": ["--parallel.pp=2", "--parallel.fsdp=2", "--model.layers=2", "--model.tied=true"],
+    "cp2": ["--parallel.cp=2", "--parallel.cp_kind=ring"],
+    "cp2 x tp2": ["--parallel.cp=2", "--parallel.tp=2"],
 }
-COVERING = ("one process", "fsdp2", "fsdp2 x tp2")
+COVERING = ("one process", "fsdp2", "fsdp2 x tp2", "pp2.zbv, tied")
+WITH_EXPERTS = {
+    "one process": [],
+    "fsdp2 x ep2": ["--parallel.fsdp=2", "--parallel.ep=2"],
+    "cp2 x ep2": ["--parallel.cp=2", "--parallel.ep=2"],
+    "pp2.zbh1 x fsdp2 x ep2": ["--parallel.pp=2", "--parallel.schedule=zbh1", "--parallel.fsdp=2", "--parallel.ep=2"],
+}
 
 Train = Callable[..., list[str]]
 
@@ -33,16 +45,31 @@ def train(text: Path) -> Train:
     return arguments
 
 
+def assert_interrupted_is_whole(arguments: Callable[..., list[str]], folder: Path) -> None:
+    """`arguments(run_dir, *more)` trained for six steps, and for two, one more and three more."""
+    succeeded(paraxis(*arguments("whole", "--train.steps=6"), folder=folder))
+    for steps in (2, 3, 6):
+        succeeded(paraxis(*arguments("parts", f"--train.steps={steps}"), folder=folder))
+    assert [event["step"] for event in events(folder / "parts", "resume")] == [2, 3]
+    assert_same_curves(folder / "whole", folder / "parts")
+    assert_same_state(folder / "whole", folder / "parts")
+    assert saved(folder / "whole")[0]["step"] == 6
+
+
 @pytest.mark.parametrize("layout", [name if name in COVERING else pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS])
 def test_three_steps_and_three_more_are_six_steps_bitwise(layout: str, train: Train, tmp_path: Path):
     more = [*LAYOUTS[layout], "--train.global_tokens=128", "--train.micro_batch=1"]
-    succeeded(paraxis(*train("whole", *more, "--train.steps=6"), folder=tmp_path))
-    for steps in (2, 3, 6):
-        succeeded(paraxis(*train("parts", *more, f"--train.steps={steps}"), folder=tmp_path))
-    assert [event["step"] for event in events(tmp_path / "parts", "resume")] == [2, 3]
-    assert_same_curves(tmp_path / "whole", tmp_path / "parts")
-    assert_same_state(tmp_path / "whole", tmp_path / "parts")
-    assert saved(tmp_path / "whole")[0]["step"] == 6
+    assert_interrupted_is_whole(lambda run_dir, *steps: train(run_dir, *more, *steps), tmp_path)
+
+
+@pytest.mark.parametrize("layout", [name if name == "fsdp2 x ep2" else pytest.param(name, marks=pytest.mark.full) for name in WITH_EXPERTS])
+def test_balanced_experts_continue_bitwise(layout: str, tmp_path: Path):
+    run = ["train", f"{RECIPES}:experts", "--train.global_tokens=64", "--optim.schedule=constant", *WITH_EXPERTS[layout]]
+    assert_interrupted_is_whole(lambda run_dir, *steps: [*run, f"--run-dir={run_dir}", *steps], tmp_path)
+    _, tensors = saved(tmp_path / "whole")
+    biases = [tensor for name, tensor in tensors.items() if name.endswith(".mlp.bias")]
+    assert len(biases) == 4
+    assert torch.stack(biases).abs().max() > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
