@@ -217,8 +217,8 @@ def build_schedule(name: str, plan: Plan) -> Schedule:
         raise ConfigError(f"parallel.schedule={name} takes {known.stages_a_rank} stages a rank, not {plan.stages_a_rank}")
     if plan.micro_batches < known.least(plan.ranks):
         raise ConfigError(
-            f"parallel.schedule={name} needs at least {known.least(plan.ranks)} micro-batches on {plan.ranks} ranks, not {plan.micro_batches}; "
-            f"raise train.global_tokens (or parallel.microbatches), lower train.micro_batch, or take 1f1b"
+            f"parallel.schedule={name} needs at least {known.least(plan.ranks)} micro-batches on {plan.ranks} ranks, "
+            f"not {plan.micro_batches}; raise train.global_tokens (or parallel.microbatches), lower train.micro_batch, or take 1f1b"
         )
     if known.in_groups and plan.micro_batches % plan.ranks:
         below = plan.micro_batches // plan.ranks * plan.ranks

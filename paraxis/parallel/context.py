@@ -178,8 +178,8 @@ def kv_copies(heads: int, kv_heads: int, ranks: int) -> int:
     """
     if heads % ranks:
         raise ConfigError(
-            f"{ranks} context ranks exchange heads (parallel.cp with cp_kind=ulysses, or parallel.cp_ulysses), which does not divide a rank's "
-            f"{heads} query heads; choose a smaller number, or parallel.cp_kind=ring"
+            f"{ranks} context ranks exchange heads (parallel.cp with cp_kind=ulysses, or parallel.cp_ulysses), which does not divide "
+            f"a rank's {heads} query heads; choose a smaller number, or parallel.cp_kind=ring"
         )
     per_kv_head = heads // kv_heads
     return next(n for n in range(1, per_kv_head + 1) if per_kv_head % n == 0 and kv_heads * n % ranks == 0)
