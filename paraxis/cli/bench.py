@@ -12,6 +12,7 @@ from paraxis.base.config import redact, suggestion
 from paraxis.base.env import read_environment
 from paraxis.base.errors import ConfigError, StorageError
 from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
+from paraxis.cli.data import bench as bench_data
 
 if TYPE_CHECKING:
     from paraxis.bench.machine import Machine
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 usage: paraxis bench step RECIPE [--field=value ...] [options]
+       paraxis bench data RECIPE [--data.field=value ...] [--rounds N] [--processes N] [--name NAME] [--out FILE] [--json]
        paraxis bench table FILE ... | --into PAGE
 
 step trains the recipe as `paraxis train` does, once for each row, and reports per device tokens/s (median over the steps after
@@ -42,6 +44,10 @@ the warm-up), step time, peak memory, MFU, losses, and the time from launch to t
   --debug                          show tracebacks of errors
   --help                           this
 
+data measures, in tokens/s, the reading of training rows by one reader, for each kind of packing, and the making of shards in 1 and
+in N processes (default: one for every four cores; no more than the data have parts) beside the bare tokenizer: the median of N
+rounds (default: 5).
+
 table prints results files as Markdown; with --into, it makes the tables marked in a page again instead, from the files of
 bench/results that the marks name: <!-- table: step-... --> to <!-- end of table -->.
 
@@ -61,7 +67,7 @@ STEP_FLAGS = ("json", "debug", "help")
 
 def run(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 1 where a row failed. Raises ParaxisError for what is refused."""
-    benchmarks = {"step": _step, "table": _table}
+    benchmarks = {"step": _step, "data": bench_data, "table": _table}
     name = next((word for word in arguments if not word.startswith("-")), None)
     if "--help" in arguments or "-h" in arguments or name is None:
         print(HELP, end="")
@@ -116,7 +122,7 @@ def _step(arguments: list[str]) -> int:
     pace, runs = _pace(parsed), whole_number("runs", parsed.options.get("runs", "1"), 1)
     machine, console = ask_machine(), Console(stderr=True, highlight=False)
     results = Results(hardware=machine.hardware, versions=machine.versions, date=f"{datetime.now(UTC):%Y-%m-%d}", command=shown(arguments))
-    out = _results_file(parsed, results)
+    out = results_file(parsed, results, "step")
 
     def keep(rows: list[dict[str, Any]]) -> None:
         nonlocal results
@@ -150,12 +156,13 @@ def _pace(parsed: Arguments) -> "Pace":
     return Pace(steps=steps, warmup=warmup, limit_s=limit)
 
 
-def _results_file(parsed: Arguments, results: "Results") -> Path:
+def results_file(parsed: Arguments, results: "Results", name: str) -> Path:
+    """Where the results go: what --out says, or a file of the benchmark's `name` that is not there yet."""
     from paraxis.bench.results import FOLDER
 
     if given := parsed.options.get("out"):
         return Path(given)
-    out = FOLDER / results.file_name(parsed.options.get("name", "step"))
+    out = FOLDER / results.file_name(parsed.options.get("name", name))
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --name, or write over it with --out={out}")
     return out

@@ -1,6 +1,7 @@
 """From raw text to training rows: sources, tokens, a cache of tokenised shards, packed rows, and the loader of a data rank.
 
-    DataConfig -> prepare(config, cache) -> Prepared -> TrainingRows / HeldOutRows -> Loader / evaluation_batches
+    DataConfig -> prepare(config, cache) -> Prepared -> TrainingRows / PackedRows / HeldOutRows -> Loader / evaluation_batches
+                                                        several, mixed: MixtureRows
 
 The position in the data is one integer, the index of the next row; every rank computes the same row from it.
 """

@@ -1,4 +1,4 @@
-"""Reading documents out of files: plain text (a document a file), JSON lines and Parquet (a document a record).
+"""Reading documents out of files: plain text (a document a file); JSON lines, Parquet and Arrow (a document a record).
 
 A record that may be skipped is a line, a row, or the part of a text file (about a MiB) in which a byte is wrong.
 """
@@ -7,14 +7,17 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal, cast
 
+import numpy as np
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from paraxis.base.errors import DataError
+from paraxis.data.chat import MESSAGES, Spans, Template
 from paraxis.data.sources import Source
 
 log = logging.getLogger(__name__)
@@ -28,11 +31,51 @@ RECORD_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 @dataclass(frozen=True)
 class Piece:
-    """A document, or part of one: `last` where it ends. `read` is how many bytes of the file have been read so far."""
+    """A document, or part of one: `last` where it ends. `read` is how many bytes of the file have been read so far.
+
+    `trained` are the characters that are to be predicted, None for all. `ids` are the tokens, where the file holds those.
+    """
 
     text: str
     last: bool
     read: int
+    trained: Spans | None = None
+    ids: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What to take from a record: the text of a field, or a conversation, written out by `template`."""
+
+    text_field: str
+    template: Template | None = None
+
+    @property
+    def field(self) -> str:
+        return MESSAGES if self.template else self.text_field
+
+    @property
+    def setting(self) -> str:
+        """How to ask for another field."""
+        return "data.chat" if self.template else "data.text_field"
+
+    def take(self, value: Any, what: str, present: Sequence[str], read: int) -> Piece | str:
+        """The document that the field's `value` is, or what is wrong with it."""
+        if value is None:
+            return f"no {what}" + (f" among {', '.join(map(repr, present[:8]))}" if present else "")
+        spans = None
+        if self.template:
+            try:
+                value, spans = self.template.written(value)
+            except ValueError as error:
+                return f"{what}: {error}"
+        if not isinstance(value, str):
+            return f"{what} is of type {type(value).__name__}, not text"
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+            return f"{what} holds half of a surrogate pair, which is no character"
+        return Piece(value, last=True, read=read, trained=spans)
 
 
 @dataclass
@@ -41,16 +84,18 @@ class BadRecords:
 
     policy: Literal["stop", "skip"]
     skipped: int = field(default=0, init=False)
+    first: str = field(default="", init=False)  # where the first one skipped stands, and what is wrong with it
 
     def report(self, where: str, problem: str) -> None:
         if self.policy == "stop":
             raise DataError(f"{where}: {problem}; mend it, or set data.on_bad_record=skip to leave such records out")
         self.skipped += 1
+        self.first = self.first or f"{where}: {problem}"
         if self.skipped <= LOGGED_BAD_RECORDS:
             log.warning("skipped %s: %s", where, problem)
 
 
-def pieces(source: Source, text_field: str, bad: BadRecords) -> Iterator[Piece]:
+def pieces(source: Source, reading: Reading, bad: BadRecords) -> Iterator[Piece]:
     """The documents of one file, in order. Raises DataError for a file that cannot be read, whatever the policy."""
     name = source.path.lower()
     packed = name.endswith(".gz")
@@ -58,11 +103,16 @@ def pieces(source: Source, text_field: str, bad: BadRecords) -> Iterator[Piece]:
     try:
         with cast(IO[bytes], source.fs.open(source.path, "rb")) as raw:
             if name.endswith(".parquet"):
-                yield from _parquet(source, raw, text_field, bad)
+                yield from _parquet(source, raw, reading, bad)
+                return
+            if name.endswith(".arrow"):
+                yield from _arrow(source, raw, reading, bad)
                 return
             handle = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if packed else raw
             if name.endswith(RECORD_SUFFIXES):
-                yield from _json_lines(source, handle, raw, text_field, bad)
+                yield from _json_lines(source, handle, raw, reading, bad)
+            elif reading.template:
+                raise DataError(f"{source.name} holds no records, which data.chat needs: give .jsonl, .parquet or .arrow files")
             else:
                 yield from _text(source, handle, raw, bad)
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
@@ -107,56 +157,71 @@ def _starts_with_space(line: bytes) -> bool:
     return line[:4].decode(errors="replace")[:1].isspace()
 
 
-def _json_lines(source: Source, handle: IO[bytes], raw: IO[bytes], text_field: str, bad: BadRecords) -> Iterator[Piece]:
+def _json_lines(source: Source, handle: IO[bytes], raw: IO[bytes], reading: Reading, bad: BadRecords) -> Iterator[Piece]:
     for number, line in enumerate(handle, start=1):
         if not line.strip():
             continue
-        text, problem = _text_of_json(line, text_field, first=number == 1)
-        if problem:
-            bad.report(f"{source.name}, line {number}", problem)
+        found = _of_json(line, reading, first=number == 1, read=raw.tell())
+        if isinstance(found, str):
+            bad.report(f"{source.name}, line {number}", found)
         else:
-            yield Piece(text, last=True, read=raw.tell())
+            yield found
 
 
-def _text_of_json(line: bytes, text_field: str, first: bool) -> tuple[str, str | None]:
-    """The text of one line, and what is wrong with the line if anything is."""
+def _of_json(line: bytes, reading: Reading, *, first: bool, read: int) -> Piece | str:
+    """The document of one line, or what is wrong with the line."""
     try:
         record = json.loads(_decode(line, first))
     except UnicodeDecodeError:
-        return "", "not valid UTF-8"
+        return "not valid UTF-8"
     except (ValueError, RecursionError) as error:
-        return "", f"not valid JSON ({error})"
+        return f"not valid JSON ({error})"
     if not isinstance(record, dict):
-        return "", f"a JSON {type(record).__name__} where an object is needed, one a line"
-    return _checked_text(record.get(text_field), f"field {text_field!r} (data.text_field)", list(record))
+        return f"a JSON {type(record).__name__} where an object is needed, one a line"
+    return reading.take(record.get(reading.field), f"field {reading.field!r} ({reading.setting})", list(record), read)
 
 
-def _checked_text(value: Any, what: str, present: list[str]) -> tuple[str, str | None]:
-    if value is None:
-        return "", f"no {what}" + (f" among {', '.join(map(repr, present[:8]))}" if present else "")
-    if not isinstance(value, str):
-        return "", f"{what} is of type {type(value).__name__}, not text"
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        return "", f"{what} holds half of a surrogate pair, which is no character"
-    return value, None
-
-
-def _parquet(source: Source, raw: IO[bytes], text_field: str, bad: BadRecords) -> Iterator[Piece]:
+def _parquet(source: Source, raw: IO[bytes], reading: Reading, bad: BadRecords) -> Iterator[Piece]:
     file = pyarrow.parquet.ParquetFile(raw)
-    columns = file.schema_arrow.names
-    if text_field not in columns:
-        raise DataError(f"{source.name} has no column {text_field!r}; set data.text_field to one of {', '.join(columns)}")
+    _check_column(source, file.schema_arrow.names, reading)
     rows, done = max(1, file.metadata.num_rows), 0
-    for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_field]):
-        for scalar in batch.column(0):
-            done += 1
-            try:
-                text, problem = _checked_text(scalar.as_py(), f"value in column {text_field!r}", [])
-            except UnicodeDecodeError:
-                text, problem = "", "not valid UTF-8"
-            if problem:
-                bad.report(f"{source.name}, row {done}", problem)
-            else:
-                yield Piece(text, last=True, read=source.size * done // rows)
+    for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[reading.field]):
+        yield from _column(source, batch.column(0), done, reading, bad, lambda row: source.size * row // rows)
+        done += batch.num_rows
+
+
+def _arrow(source: Source, raw: IO[bytes], reading: Reading, bad: BadRecords) -> Iterator[Piece]:
+    """Either of Arrow's formats, the file or the stream; the `datasets` library writes streams."""
+    try:
+        file = pyarrow.ipc.open_file(raw)
+        batches: Iterator[Any] = (file.get_batch(number) for number in range(file.num_record_batches))
+        names = file.schema.names
+    except pyarrow.ArrowInvalid:
+        raw.seek(0)
+        stream = pyarrow.ipc.open_stream(raw)
+        batches, names = iter(stream), stream.schema.names
+    _check_column(source, names, reading)
+    done = 0
+    for batch in batches:
+        at = min(raw.tell(), source.size)
+        yield from _column(source, batch.column(names.index(reading.field)), done, reading, bad, lambda row, at=at: at)
+        done += batch.num_rows
+
+
+def _check_column(source: Source, names: list[str], reading: Reading) -> None:
+    if reading.field not in names:
+        mend = "data.chat reads conversations from it" if reading.template else f"set data.text_field to one of {', '.join(names)}"
+        raise DataError(f"{source.name} has no column {reading.field!r}; {mend}")
+
+
+def _column(source: Source, column: Any, done: int, reading: Reading, bad: BadRecords, read: Callable[[int], int]) -> Iterator[Piece]:
+    """The documents of a column whose first row is the file's row `done`, counted from 0; `read` gives the bytes up to a row."""
+    for row, scalar in enumerate(column, start=done + 1):
+        try:
+            found = reading.take(scalar.as_py(), f"value in column {reading.field!r}", [], read(row))
+        except UnicodeDecodeError:
+            found = "not valid UTF-8"
+        if isinstance(found, str):
+            bad.report(f"{source.name}, row {row}", found)
+        else:
+            yield found

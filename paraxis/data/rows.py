@@ -4,6 +4,8 @@ The documents of a pass are laid end to end and cut every seq_len tokens; row r 
 (r + 1) * seq_len inclusive, so that each row's last target is the next row's first token and every token is predicted once.
 """
 
+import hashlib
+import json
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +36,22 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def row_fingerprint(data: Prepared, **settings: object) -> str:
+    """The fingerprint of training rows: that of the data, and of what decides which tokens a row has."""
+    return hashlib.sha256(json.dumps([data.fingerprint, settings], sort_keys=True).encode()).hexdigest()
+
+
+def within_repeat(index: int, length: int, repeat: int) -> tuple[int, int]:
+    """The pass of row `index`, and its place in it. Raises DataError for one beyond `repeat` passes, where that is not 0."""
+    number, place = divmod(index, length)
+    if repeat and number >= repeat:
+        raise DataError(
+            f"row {index} is of pass {number + 1} over its data, and data.repeat={repeat} allows {repeat} of {length} rows; "
+            "give more data, lower train.steps or raise data.repeat (0: any number)"
+        )
+    return number, place
+
+
 class _Stream:
     """Documents laid end to end in some order: any stretch of tokens, and which document each is of."""
 
@@ -42,9 +60,9 @@ class _Stream:
         self._order = order
         self._ends = data.ends if order is None else np.cumsum(np.diff(data.ends, prepend=0)[order])
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens at `start` to `stop`, and the documents they belong to, numbered from 0: two int64 arrays."""
-        tokens, documents = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64)
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The tokens at `start` to `stop`, those as targets, and the documents they belong to, numbered from 0: int64 arrays."""
+        tokens, targets, documents = np.empty((3, stop - start), np.int64)
         place = int(np.searchsorted(self._ends, start, side="right"))
         number, at = 0, start
         while at < stop:
@@ -53,19 +71,20 @@ class _Stream:
             document = place if self._order is None else int(self._order[place])
             here = slice(at - start, until - start)
             tokens[here] = self._data.read(document, at - begin, until - begin)
+            targets[here] = self._data.targets(document, at - begin, until - begin)
             documents[here] = number
             place, number, at = place + 1, number + 1, until
-        return tokens, documents
+        return tokens, targets, documents
 
 
-def _row(tokens: np.ndarray, documents: np.ndarray, document_mask: bool) -> dict[str, np.ndarray]:
-    """A row by Batch field name, of one token more than it is long and the document of each."""
+def _row(tokens: np.ndarray, targets: np.ndarray, documents: np.ndarray, document_mask: bool) -> dict[str, np.ndarray]:
+    """A row by Batch field name, of one token more than it is long, what each is as a target, and its document."""
     count = len(tokens) - 1
     places = np.arange(count, dtype=np.int64)
-    row = {"tokens_bt": tokens[:-1], "targets_bt": tokens[1:], "positions_bt": places}
+    row = {"tokens_bt": tokens[:-1], "targets_bt": targets[1:], "positions_bt": places}
     if document_mask:
         crosses = documents[1:] != documents[:-1]
-        row["targets_bt"] = np.where(crosses, IGNORE, tokens[1:])
+        row["targets_bt"] = np.where(crosses, IGNORE, targets[1:])
         starts = np.concatenate(([0], np.where(crosses, places + 1, 0)[:-1]))
         row["positions_bt"] = places - np.maximum.accumulate(starts)
         row["documents_bt"] = documents[:-1]
@@ -80,30 +99,32 @@ class TrainingRows:
     the middle of counts its positions from there.
     """
 
-    def __init__(self, data: Prepared, *, seq_len: int, document_mask: bool, shuffle: bool, seed: int) -> None:
+    def __init__(self, data: Prepared, *, seq_len: int, document_mask: bool, shuffle: bool, seed: int, repeat: int = 0) -> None:
         if data.tokens <= seq_len:
             raise DataError(
                 f"data.paths hold {data.tokens} tokens, too few for one row of data.seq_len={seq_len} and its last target; "
                 f"give more text or set data.seq_len to {data.tokens - 1} or less"
             )
-        self.fingerprint = data.fingerprint
+        self.fingerprint = row_fingerprint(data, shuffle=shuffle, packing="concatenate")
+        self.data = data
         self.vocab_size = data.tokenizer.vocab_size
         self.eos_id = data.tokenizer.eos_id
         self.length = (data.tokens - 1) // seq_len
-        self._data, self._seq_len, self._document_mask = data, seq_len, document_mask
+        self.repeat = repeat
+        self._seq_len, self._document_mask = seq_len, document_mask
         self._shuffle, self._seed = shuffle, seed
         # A pass's order takes 16 bytes a document and 8 a row: keep only the one being read.
         self._pass = lru_cache(maxsize=1)(self._make_pass)
 
     def _make_pass(self, number: int) -> tuple[_Stream, np.ndarray | None]:
         if not self._shuffle:
-            return _Stream(self._data, None), None
-        documents = shuffled(self._data.documents, self._seed, number, _DOCUMENTS)
-        return _Stream(self._data, documents), shuffled(self.length, self._seed, number, _ROWS)
+            return _Stream(self.data, None), None
+        documents = shuffled(self.data.documents, self._seed, number, _DOCUMENTS)
+        return _Stream(self.data, documents), shuffled(self.length, self._seed, number, _ROWS)
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`, counted over all passes: int64 arrays of length seq_len by Batch field name."""
-        number, place = divmod(index, self.length)
+        number, place = within_repeat(index, self.length, self.repeat)
         stream, order = self._pass(number)
         start = (place if order is None else int(order[place])) * self._seq_len
         return _row(*stream.read(start, start + self._seq_len + 1), self._document_mask)
@@ -125,8 +146,11 @@ class HeldOutRows:
     def row(self, index: int) -> dict[str, np.ndarray]:
         """Row `index` of `length`: int64 arrays of length seq_len by Batch field name."""
         start = index * self._seq_len
-        tokens, documents = self._stream.read(start, min(start + self._seq_len + 1, self._tokens))
-        targets, missing = len(tokens) - 1, self._seq_len + 1 - len(tokens)
-        row = _row(np.pad(tokens, (0, missing)), np.pad(documents, (0, missing), constant_values=documents[-1] + 1), self._document_mask)
-        row["targets_bt"] = np.where(np.arange(self._seq_len) < targets, row["targets_bt"], IGNORE)
-        return row
+        tokens, targets, documents = self._stream.read(start, min(start + self._seq_len + 1, self._tokens))
+        missing = self._seq_len + 1 - len(tokens)
+        return _row(
+            np.pad(tokens, (0, missing)),
+            np.pad(targets, (0, missing), constant_values=IGNORE),
+            np.pad(documents, (0, missing), constant_values=documents[-1] + 1),
+            self._document_mask,
+        )

@@ -2,11 +2,14 @@
 
 tokens-00000.bin ...   token ids, little-endian uint16 (uint32 for vocabularies over 65,536); no document straddles two
 ends.bin               int64 per document: how many tokens there are up to its end
+trained-00000.bin ...  uint8 per token, 1 where it is to be predicted; only where some are not
 meta.json              counts, settings, the fingerprint
+tokenizer.json ...     the tokenizer's files
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +18,14 @@ from typing import Any
 import numpy as np
 
 from paraxis.base.errors import DataError
+from paraxis.base.seams import IGNORE
 from paraxis.data.tokens import Tokenizer
 
 SHARD_TOKENS = 1 << 28
 ENDS_BUFFER = 1 << 16
-FORMAT = 1  # raise it when a change makes old folders unreadable, or makes other tokens
+META = "meta.json"
+ENDS = "ends.bin"
+FORMAT = 2  # raise it when a change makes old folders unreadable, or makes other tokens
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -41,7 +47,7 @@ class FileRecord:
 class ShardWriter:
     """Appends the documents of files to shards in `folder`, holding in memory no more than it is given at once."""
 
-    def __init__(self, folder: Path, names: Sequence[str], vocab_size: int, eos_id: int | None) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], vocab_size: int, eos_id: int | None, *, masked: bool = False) -> None:
         self.dtype = token_dtype(vocab_size)
         self.files = [FileRecord(name) for name in names]
         self._folder = folder
@@ -51,18 +57,22 @@ class ShardWriter:
         self._tokens = 0  # in all shards
         self._length = 0  # of the document being written
         self._ends: list[int] = []
-        self._ends_file = (folder / "ends.bin").open("wb")
+        self._ends_file = (folder / ENDS).open("wb")
         self._shard = (folder / _shard_name(0)).open("wb")
+        self._trained = (folder / _trained_name(0)).open("wb") if masked else None
 
-    def add(self, file: int, tokens: np.ndarray, last: bool) -> None:
-        """These tokens of `file` go on with its document, which ends here where `last`; one without tokens is only counted."""
-        self._write(file, tokens)
+    def add(self, file: int, tokens: np.ndarray, last: bool, trained: np.ndarray | None = None) -> None:
+        """These tokens of `file` go on with its document, which ends here where `last`; one without tokens is only counted.
+
+        `trained` says which are to be predicted, and is given where the writer is `masked`.
+        """
+        self._write(file, tokens, trained)
         if not last:
             return
         if self._length == 0:
             self.files[file].empty += 1
             return
-        self._write(file, self._end)
+        self._write(file, self._end, np.zeros(len(self._end), bool))
         self._hashes[file].update(self._length.to_bytes(8, "little"))
         self.files[file].documents += 1
         self.files[file].tokens += self._length
@@ -73,9 +83,16 @@ class ShardWriter:
         if self._tokens - (self._shard_ends[-1] if self._shard_ends else 0) >= SHARD_TOKENS:
             self._finish_shard()
             self._shard = (self._folder / _shard_name(len(self._shard_ends))).open("wb")
+            if self._trained:
+                self._trained = (self._folder / _trained_name(len(self._shard_ends))).open("wb")
 
-    def _write(self, file: int, tokens: np.ndarray) -> None:
+    def _write(self, file: int, tokens: np.ndarray, trained: np.ndarray | None) -> None:
         assert tokens.dtype == self.dtype
+        if self._trained:
+            assert trained is not None
+            flags = trained.astype(np.uint8).tobytes()
+            self._trained.write(flags)
+            self._hashes[file].update(flags)
         data = tokens.tobytes()
         self._shard.write(data)
         self._hashes[file].update(data)
@@ -88,33 +105,91 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         self._shard.close()
+        if self._trained:
+            self._trained.close()
         self._shard_ends.append(self._tokens)
 
-    def finish(self, settings: Mapping[str, Any], skipped: int) -> None:
+    def finish(self, settings: Mapping[str, Any], skipped: int, first_skipped: str = "") -> None:
         """Writes the index and the metadata. `settings` is what, beside the content, the fingerprint is to cover."""
         for record, digest in zip(self.files, self._hashes, strict=True):
             record.sha256 = digest.hexdigest()
         self._flush_ends()
         self._ends_file.close()
         self._finish_shard()
-        content = {"format": FORMAT, "dtype": self.dtype.str, **settings, "files": [record.sha256 for record in self.files]}
-        meta = {
-            "fingerprint": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
-            "format": FORMAT,
-            "dtype": self.dtype.str,
-            "settings": settings,
-            "shard_ends": self._shard_ends,
-            "documents": sum(record.documents for record in self.files),
-            "tokens": self._tokens,
-            "skipped": skipped,
-            "files": [asdict(record) for record in self.files],
-        }
-        (self._folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        write_meta(self._folder, self.dtype, self._trained is not None, settings, self._shard_ends, self.files, skipped, first_skipped)
 
     def close(self) -> None:
         """Closes the files, finished or not."""
         self._shard.close()
         self._ends_file.close()
+        if self._trained:
+            self._trained.close()
+
+
+def write_meta(
+    folder: Path,
+    dtype: np.dtype,
+    masked: bool,
+    settings: Mapping[str, Any],
+    shard_ends: Sequence[int],
+    files: Sequence[FileRecord],
+    skipped: int,
+    first_skipped: str,
+) -> None:
+    """Writes what there is to know about the shards in `folder`. The fingerprint is of content and `settings`."""
+    content = {"format": FORMAT, "dtype": dtype.str, **settings, "files": [record.sha256 for record in files]}
+    meta = {
+        "fingerprint": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        "format": FORMAT,
+        "dtype": dtype.str,
+        "masked": masked,
+        "settings": settings,
+        "shard_ends": shard_ends,
+        "documents": sum(record.documents for record in files),
+        "tokens": sum(record.tokens for record in files),
+        "skipped": skipped,
+        "first_skipped": first_skipped,
+        "files": [asdict(record) for record in files],
+    }
+    (folder / META).write_text(json.dumps(meta, indent=1))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `write_meta` wrote. Raises DataError where it cannot be read."""
+    try:
+        meta = json.loads((folder / META).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"the tokens are damaged: {error}; delete the folder {folder} and make it again") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise DataError(f"{folder / META} is not of format {FORMAT}, which this version of paraxis reads; prepare the data again")
+    return meta
+
+
+def join_parts(parts: Sequence[Path], folder: Path) -> None:
+    """Makes one folder of shards out of several, in order, without copying their tokens where the file system has hard links."""
+    metas = [read_meta(part) for part in parts]
+    shard_ends: list[int] = []
+    with (folder / ENDS).open("wb") as ends_file:
+        for part, meta in zip(parts, metas, strict=True):
+            before = shard_ends[-1] if shard_ends else 0
+            for number, end in enumerate(meta["shard_ends"]):
+                _link(part / _shard_name(number), folder / _shard_name(len(shard_ends)))
+                if meta["masked"]:
+                    _link(part / _trained_name(number), folder / _trained_name(len(shard_ends)))
+                shard_ends.append(before + end)
+            (np.fromfile(part / ENDS, "<i8") + before).tofile(ends_file)
+    first = metas[0]
+    files = [FileRecord(**record) for meta in metas for record in meta["files"]]
+    skipped = sum(meta["skipped"] for meta in metas)
+    first_skipped = next((meta["first_skipped"] for meta in metas if meta["first_skipped"]), "")
+    write_meta(folder, np.dtype(first["dtype"]), first["masked"], first["settings"], shard_ends, files, skipped, first_skipped)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 class Prepared:
@@ -125,38 +200,55 @@ class Prepared:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"the data cache is damaged: {error}; delete the folder {folder} and it is made again") from error
+        meta = read_meta(folder)
         self.folder = folder
         self.tokenizer = tokenizer
         self.fingerprint: str = meta["fingerprint"]
         self.documents: int = meta["documents"]
         self.tokens: int = meta["tokens"]
         self.skipped: int = meta["skipped"]
+        self.files: list[list[str]] = [[record["name"], record["sha256"]] for record in meta["files"]]
         dtype = np.dtype(meta["dtype"])
         self._shard_ends = np.array(meta["shard_ends"], np.int64)
         sizes = np.diff(self._shard_ends, prepend=0)
-        self.ends = _map(folder / "ends.bin", np.dtype("<i8"), self.documents)
+        self.ends = _map(folder / ENDS, np.dtype("<i8"), self.documents)
         self._shards = [_map(folder / _shard_name(index), dtype, int(size)) for index, size in enumerate(sizes)]
+        flags = np.dtype(np.uint8)
+        names = [_trained_name(index) for index in range(len(sizes))] if meta["masked"] else []
+        self._trained = [_map(folder / name, flags, int(size)) for name, size in zip(names, sizes, strict=bool(names))]
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` of `document`, counted from its own beginning, in the type they are stored in."""
+        shard, offset = self._place(document)
+        return self._shards[shard][offset + start : offset + stop]
+
+    def targets(self, document: int, start: int, stop: int) -> np.ndarray:
+        """The same tokens as int64, with IGNORE in place of those that are not to be predicted."""
+        tokens = self.read(document, start, stop).astype(np.int64)
+        if not self._trained:
+            return tokens
+        shard, offset = self._place(document)
+        return np.where(self._trained[shard][offset + start : offset + stop], tokens, IGNORE)
+
+    def _place(self, document: int) -> tuple[int, int]:
+        """The shard that holds `document`, and where in it the document begins."""
         begin = int(self.ends[document - 1]) if document else 0
         shard = int(np.searchsorted(self._shard_ends, begin, side="right"))
-        offset = begin - (int(self._shard_ends[shard - 1]) if shard else 0)
-        return self._shards[shard][offset + start : offset + stop]
+        return shard, begin - (int(self._shard_ends[shard - 1]) if shard else 0)
 
 
 def _shard_name(index: int) -> str:
     return f"tokens-{index:05}.bin"
 
 
+def _trained_name(index: int) -> str:
+    return f"trained-{index:05}.bin"
+
+
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
         raise DataError(
-            f"the data cache is damaged: {path} is missing or not {count * dtype.itemsize} bytes; "
-            f"delete the folder {path.parent} and it is made again"
+            f"the tokens are damaged: {path} is missing or not {count * dtype.itemsize} bytes; "
+            f"delete the folder {path.parent} and make it again"
         )
     return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)

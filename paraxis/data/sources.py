@@ -58,6 +58,8 @@ def _expand_one(path: str) -> list[Source]:
             files = [inner]
         elif fs.isdir(inner):
             files = [file for file in fs.find(inner) if not _hidden(str(file).removeprefix(inner))]
+            if any(str(file).endswith("/dataset_info.json") for file in files):  # saved by the `datasets` library
+                files = [file for file in files if str(file).endswith(".arrow")]
         else:
             files = _matches(fs, inner)
         prefix = shown.partition("://")[0] + "://" if "://" in path else ""

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from paraxis.base.errors import ConfigError, DataError
+from paraxis.data.chat import Spans
 
 END = "<|endoftext|>"
 # A bare tokenizer.json does not say which token ends a text. These names mean nothing else.
@@ -79,6 +80,21 @@ class Tokenizer:
         """The ids of each text, as arrays, computed on all cores."""
         return [np.array(encoding.ids, dtype) for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_spans(self, texts: Sequence[str], spans: Sequence[Spans], dtype: np.dtype) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The ids of each text, and which of them begin within its spans: bool."""
+        found = []
+        for encoding, wanted in zip(self._inner.encode_batch(list(texts), add_special_tokens=False), spans, strict=True):
+            starts = np.array([start for start, _ in encoding.offsets], np.int64)
+            within = np.zeros(len(starts), bool)
+            for start, end in wanted:
+                within |= (starts >= start) & (starts < end)
+            found.append((np.array(encoding.ids, dtype), within))
+        return found
+
+    def lacks(self, markers: Sequence[str]) -> str | None:
+        """The first of `markers` that is not a token of its own, or None."""
+        return next((marker for marker in markers if len(self.encode(marker)) != 1), None)
+
     def decode(self, ids: Sequence[int], *, special_tokens: bool = False) -> str:
         """The text of `ids`, showing the special ones where `special_tokens`."""
         return self._inner.decode(list(ids), skip_special_tokens=not special_tokens)
@@ -117,16 +133,17 @@ def _special_tokens(files: Mapping[str, bytes], config: Mapping[str, Any], name:
     return found
 
 
-def train_tokenizer(texts: Iterable[str], entries: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], entries: int, markers: Sequence[str] = ()) -> Tokenizer:
     """A byte-level BPE of at most `entries` entries (fewer where the text has no more pairs to merge) trained on `texts`.
 
+    Besides the token that ends a document, `markers` are tokens of their own.
     Byte-level BPE after Radford et al. 2019 (GPT-2): any text can be encoded, and decodes to itself.
     """
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=entries, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=entries, special_tokens=[END, *markers], initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(texts, trainer)
     return Tokenizer(inner.to_str().encode(), {"eos_token": END}, f"train:{entries}")
 

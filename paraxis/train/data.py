@@ -1,14 +1,14 @@
 """Opening a run's data: the rows to train on, those held out, and the tokenizer that checkpoints carry."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from paraxis.base.errors import ConfigError
 from paraxis.base.seams import Rows
 from paraxis.data.config import DataConfig
-from paraxis.data.prepare import Progress, prepare
-from paraxis.data.rows import HeldOutRows, TrainingRows
+from paraxis.data.open import open_held_out, open_training, refuse_repeats
+from paraxis.data.prepare import Progress
 from paraxis.data.tokens import Tokenizer, check_vocabulary
 from paraxis.train.config import RunConfig
 
@@ -24,22 +24,25 @@ class OpenedData:
     skipped: int = 0
 
 
-def open_data(config: RunConfig, cache: Path, progress: Progress | None = None) -> OpenedData:
+def open_data(config: RunConfig, cache: Path, ranks: int, progress: Progress | None = None) -> OpenedData:
     """Tokenises what is not in `cache` yet and opens it. Any number of ranks may call this at once.
 
-    Raises DataError for missing, empty or broken data, ConfigError for a tokenizer larger than the model's vocabulary.
+    Raises DataError for missing, empty or broken data, ConfigError for a tokenizer larger than the model's vocabulary and for a run
+    on `ranks` that reads its data more often than it may.
     """
     data = config.data
     if not isinstance(data, DataConfig):
         if not hasattr(data, "rows"):
             raise ConfigError(f"data={type(data).__name__} is neither a DataConfig nor has rows(seed); see base/seams.py:RowsConfig")
         return OpenedData(data.rows(config.train.seed), data.held_out() if config.eval.every else None, {}, None)
-    prepared = prepare(data, cache, progress=progress)
-    check_vocabulary(prepared.tokenizer.vocab_size, config.model.vocab_size)
-    rows = TrainingRows(prepared, seq_len=data.seq_len, document_mask=data.document_mask, shuffle=data.shuffle, seed=config.train.seed)
-    held_out = None
-    if config.eval.every:
-        kept = prepare(replace(data, paths=config.eval.paths), cache, tokenizer=prepared.tokenizer, progress=progress)
-        held_out = HeldOutRows(kept, seq_len=data.seq_len, document_mask=data.document_mask)
-    files = {f"tokenizer/{name}": content for name, content in prepared.tokenizer.files.items()}
-    return OpenedData(rows, held_out, files, prepared.tokenizer, prepared.skipped)
+
+    def rows_per_step() -> int:
+        return config.rows_per_step(config.parallel.degrees.filling(ranks))
+
+    opened = open_training(data, cache, seed=config.train.seed, rows_per_step=rows_per_step, progress=progress)
+    check_vocabulary(opened.tokenizer.vocab_size, config.model.vocab_size)
+    if data.repeat:
+        refuse_repeats(opened, config.train.steps * rows_per_step())
+    held_out = open_held_out(data, config.eval.paths, cache, opened.tokenizer, progress) if config.eval.every else None
+    files = {f"tokenizer/{name}": content for name, content in opened.tokenizer.files.items()}
+    return OpenedData(opened.rows, held_out, files, opened.tokenizer, opened.skipped)

@@ -19,6 +19,7 @@ from paraxis.base.errors import CheckpointError
 from paraxis.base.layout import whole_box
 from paraxis.checkpoint.load import Checkpoint
 from paraxis.checkpoint.save import Piece, save
+from paraxis.data.record import continue_data, data_record, problem_with_data
 from paraxis.models.registry import to_record
 from paraxis.train.check import dropout_of
 from paraxis.train.run import Run
@@ -52,7 +53,7 @@ def meta(run: Run) -> dict[str, Any]:
         "row": run.row,
         "seed": run.config.train.seed,
         "optimizer": {"name": run.config.optim.name, "counters": run.optimizer.counters()},
-        "data": {"fingerprint": run.rows.fingerprint, "seq_len": run.config.data.seq_len},
+        "data": {"seq_len": run.config.data.seq_len, **data_record(run.rows, run.row)},
         "model": to_record(run.config.model),
     }
 
@@ -80,12 +81,13 @@ def refuse_foreign(run: Run, checkpoint: Checkpoint) -> None:
         ("train.seed", held["seed"], run.config.train.seed),
         ("optim.name", held["optimizer"]["name"], run.config.optim.name),
         ("data.seq_len", held["data"]["seq_len"], run.config.data.seq_len),
-        ("the data's fingerprint", held["data"]["fingerprint"], run.rows.fingerprint),
     ):
         if saved != now:
             raise CheckpointError(
                 f"{checkpoint.path} was saved with {what} = {saved}, but this run has {now}; use the same, or start in another --run-dir"
             )
+    if problem := problem_with_data(held["data"], run.rows, held["step"]):
+        raise CheckpointError(f"{checkpoint.path} was saved with {problem}; use the same, or start in another --run-dir")
     for piece in _restored(run):
         stored = checkpoint.tensors.get(piece.name)
         if stored is None or tuple(stored.shape) != piece.shape:
@@ -107,6 +109,7 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     held = checkpoint.meta
     run.optimizer.load_counters(held["optimizer"]["counters"])
     run.step, run.tokens, run.row = held["step"], held["tokens"], held["row"]
+    continue_data(held["data"], run.rows, run.step, run.row)
 
 
 def _restored(run: Run) -> Iterator[Piece]:

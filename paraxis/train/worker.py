@@ -84,7 +84,7 @@ def _await_launcher(stop: StopRequest) -> None:
 
 
 def _train(config: RunConfig, base: str, folder: RunFolder, resume: str, environment: Environment, world: World, stop: StopRequest) -> None:
-    data = open_data(config, environment.cache_dir)
+    data = open_data(config, environment.cache_dir, world.size)
     started_s = time.perf_counter()
     run = assemble(config, world, data.rows, data.held_out)
     run.optimizer.counters()  # waits for the device, so that the first values are there

@@ -46,7 +46,7 @@ def test_documents_survive_many_shards_batches_and_pieces(tmp_path, monkeypatch)
     whole = prepared(tmp_path, sentences(60))
     monkeypatch.setattr(shards, "SHARD_TOKENS", 50)
     monkeypatch.setattr(shards, "ENDS_BUFFER", 7)
-    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("paraxis.data.part.BATCH_CHARACTERS", 100)
     monkeypatch.setattr("paraxis.data.documents.PIECE_BYTES", 8)
     cut = prepare(DataConfig(paths=(str(tmp_path / "text"),)), tmp_path / "other", tokenizer=tokenizer())
     assert len(list(cut.folder.glob("tokens-*.bin"))) > 5
@@ -63,7 +63,7 @@ def test_a_text_file_read_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkey
 
 def test_a_second_call_only_maps(tmp_path, monkeypatch):
     first = prepared(tmp_path, sentences(5))
-    monkeypatch.setattr(prepare_module, "_tokenise", None)
+    monkeypatch.setattr(prepare_module, "make_part", None)
     second = prepare(DataConfig(paths=(str(tmp_path / "text"),)), tmp_path / "cache", tokenizer=tokenizer())
     assert second.fingerprint == first.fingerprint
     assert documents(second) == documents(first)
@@ -157,7 +157,7 @@ def test_progress_ends_at_all_bytes_read(tmp_path):
 
 
 def _prepare_slowly(text: Path, cache: Path, mark: Path) -> None:
-    real = prepare_module._tokenise
+    real = prepare_module.make_part
 
     def slow(*args):
         with mark.open("a") as file:
@@ -165,7 +165,7 @@ def _prepare_slowly(text: Path, cache: Path, mark: Path) -> None:
         time.sleep(0.5)
         real(*args)
 
-    prepare_module._tokenise = slow
+    prepare_module.make_part = slow
     prepare(DataConfig(paths=(str(text),)), cache, tokenizer=tokenizer())
 
 

@@ -18,8 +18,8 @@ def data(tmp_path):
     return prepared(tmp_path, sentences(40))
 
 
-def training(data, *, seed=1, mask=False, shuffle=True, seq_len=SEQ) -> TrainingRows:
-    return TrainingRows(data, seq_len=seq_len, document_mask=mask, shuffle=shuffle, seed=seed)
+def training(data, *, seed=1, mask=False, shuffle=True, seq_len=SEQ, repeat=0) -> TrainingRows:
+    return TrainingRows(data, seq_len=seq_len, document_mask=mask, shuffle=shuffle, seed=seed, repeat=repeat)
 
 
 def stream_of(rows, indices) -> list[int]:
@@ -127,8 +127,18 @@ def test_too_little_text_for_one_row_is_refused_with_what_to_lower(tmp_path):
         training(data, seq_len=data.tokens)
 
 
+def test_a_pass_more_than_allowed_is_refused(data):
+    rows = training(data, repeat=2)
+    assert rows.row(2 * rows.length - 1)["tokens_bt"].tolist() == training(data).row(2 * rows.length - 1)["tokens_bt"].tolist()
+    with pytest.raises(DataError, match=rf"row {2 * rows.length} is of pass 3 .* data\.repeat=2 allows 2 of {rows.length} rows"):
+        rows.row(2 * rows.length)
+
+
 def test_rows_carry_what_the_seam_promises(data):
-    for rows in (training(data), HeldOutRows(data, seq_len=SEQ, document_mask=False)):
+    held_out = HeldOutRows(data, seq_len=SEQ, document_mask=False)
+    assert held_out.fingerprint == data.fingerprint
+    assert training(data).fingerprint == training(data, seed=2).fingerprint != training(data, shuffle=False).fingerprint
+    for rows in (training(data), held_out):
         seam: Rows = rows
-        assert (seam.fingerprint, seam.vocab_size) == (data.fingerprint, 300)
+        assert seam.vocab_size == 300
         assert rows.eos_id == data.tokenizer.eos_id

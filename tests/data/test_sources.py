@@ -12,7 +12,7 @@ import pytest
 from paraxis.base.errors import ConfigError, DataError
 from paraxis.data import documents
 from paraxis.data.config import DataConfig
-from paraxis.data.documents import BadRecords, pieces
+from paraxis.data.documents import BadRecords, Reading, pieces
 from paraxis.data.sources import expand
 
 
@@ -20,7 +20,7 @@ def texts(path: str | Path, *, skip: bool = False, field: str = "text") -> tuple
     """The documents that `path` names, and how many broken records were left out."""
     bad, found, parts = BadRecords("skip" if skip else "stop"), [], []
     for source in expand([str(path)]):
-        for piece in pieces(source, field, bad):
+        for piece in pieces(source, Reading(field), bad):
             parts.append(piece.text)
             if piece.last:
                 found.append("".join(parts))
@@ -42,7 +42,7 @@ def test_a_text_file_larger_than_a_piece_is_still_one_document(tmp_path, monkeyp
     text = "".join(f"def f{n}():\n    return {n}\n\n\n" for n in range(50))
     (tmp_path / "a.py").write_text(text)
     assert texts(tmp_path / "a.py") == ([text], 0)
-    parts = [piece.text for piece in pieces(expand([str(tmp_path / "a.py")])[0], "text", BadRecords("stop"))]
+    parts = [piece.text for piece in pieces(expand([str(tmp_path / "a.py")])[0], Reading("text"), BadRecords("stop"))]
     assert len(parts) > 20
     assert all(part.startswith("def") for part in parts[:-1])
 

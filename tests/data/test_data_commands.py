@@ -1,0 +1,96 @@
+"""`paraxis data prepare` and a mixture in training, as a person meets them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from paraxis.cli import main
+from tests.data.corpus import sentences
+from tests.runs import SMALL, metrics, paraxis, refusal, succeeded
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PARAXIS_CACHE", str(tmp_path / "cache"))
+    for name in ("web", "code"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {text}" for text in sentences(80)))
+    return tmp_path
+
+
+SETTINGS = ["--data.tokenizer=train:300", "--data.seq_len=16"]
+
+
+def prepared(*arguments: str, capsys) -> dict[str, dict]:
+    assert main(["data", "prepare", "debug", *SETTINGS, *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_what_is_prepared_is_what_training_finds(capsys):
+    made = prepared("--data.paths=web.txt", "--processes=1", capsys=capsys)[""]
+    again = prepared("--data.paths=web.txt", "--data.packing=best_fit", capsys=capsys)[""]
+    assert made["folder"] == again["folder"]
+    assert made["fingerprint"] == again["fingerprint"]
+    assert (made["documents"], made["skipped"], made["waste"]) == (1, 0, 0)
+    assert made["rows"] == (made["tokens"] - 1) // 16
+    assert main(["data", "prepare", "debug", *SETTINGS, "--data.paths=web.txt"]) == 0
+    assert f"{made['tokens']:,} tokens in 1 documents; {made['rows']} rows of 16; " in capsys.readouterr().out
+
+
+def test_a_folder_of_shards_needs_neither_the_text_nor_the_cache(folder, capsys):
+    made = prepared("--data.paths=web.txt", "--out=shards", capsys=capsys)[""]
+    (folder / "web.txt").unlink()
+    again = prepared("--data.paths=shards", "--data.tokenizer=shards", capsys=capsys)[""]
+    assert again == made
+
+
+def test_each_source_of_a_mixture_is_prepared(capsys):
+    made = prepared("--data.paths=web=web.txt,code=code.txt", "--data.mixture=web=3 code=1", capsys=capsys)
+    assert set(made) == {"web", "code"}
+    assert made["web"]["folder"] != made["code"]["folder"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prepair", "debug"], "there is no command data 'prepair'; did you mean prepare?"),
+        (["prepare"], "data prepare takes one recipe"),
+        (["prepare", "debug", "--train.steps=3"], "--train.steps is neither an option of data prepare nor one of the recipe's data"),
+        (["prepare", "debug", "--proceses=3"], "did you mean --processes?"),
+        (
+            ["prepare", "debug", "--data.paths=web=a.txt,code=b.txt", "--data.mixture=web=1 code=1", "--out=x"],
+            "--out takes the data of one source",
+        ),
+        (["prepare", "debug", "--data.paths=web.txt", "--out=cache.txt"], "--out=cache.txt exists"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_message(folder, capsys, arguments, words):
+    (folder / "cache.txt").write_text("")
+    assert main(["data", *arguments]) == 78
+    assert words in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys):
+    assert main(["data", "--help"]) == 0
+    assert "paraxis data prepare demo" in capsys.readouterr().out
+
+
+def test_the_mixture_of_a_run_may_change_where_it_stopped_but_not_before(folder):
+    def train(steps: int, *mixture: str, run: str) -> list[str]:
+        paths = "--data.paths=" + ",".join(f"{name}={name}.txt" for name in ("web", "code")[: 1 if mixture == ("web=1",) else 2])
+        mixed = [paths, f"--data.mixture={','.join(mixture)}", "--data.packing=best_fit", "--data.document_mask=true"]
+        return ["train", "debug", *SETTINGS, *mixed, *SMALL, f"--train.steps={steps}", "--metrics.tensorboard=false", f"--run-dir={run}"]
+
+    def losses(run: str) -> dict[int, float]:
+        return {line["step"]: line["loss"] for line in metrics(folder / run)}
+
+    succeeded(paraxis("data", "prepare", "debug", *SETTINGS, "--data.paths=web.txt", "--out=shards", folder=folder))
+    own = "--data.tokenizer=shards"  # or the second source would change the tokenizer that is trained
+    succeeded(paraxis(*train(2, "web=1", run="changed"), own, folder=folder))
+    succeeded(paraxis(*train(4, "web=1", "2: web=1 code=1", run="changed"), own, folder=folder))
+    succeeded(paraxis(*train(4, "web=1", "2: web=1 code=1", run="planned"), own, folder=folder))
+    assert losses("changed") == losses("planned")
+    assert len(losses("planned")) == 4
+    words = refusal(paraxis(*train(5, "web=1", "1: web=1 code=1", run="changed"), own, folder=folder), 77)
+    assert "was saved with the mixture [0: web=1, 2: web=1/2 code=1/2]" in words
