@@ -1,0 +1,1 @@
+"""Predicting a run before its GPUs are spent."""

@@ -1,0 +1,262 @@
+"""One rank's training step, followed allocation by allocation: the step that training runs, on a device that is pretended."""
+
+import json
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from paraxis.base.dtypes import precision
+from paraxis.base.errors import ConfigError
+from paraxis.base.seams import Batch
+from paraxis.parallel.expert import ExpertDispatch
+from paraxis.parallel.fsdp import fsdp_units
+from paraxis.plan.allocator import reserved_bytes
+from paraxis.plan.pretend import PRETENDED, EvenDispatch, PretendedDevice, PretendedMemory, pretended_world, replaced
+from paraxis.train.config import RunConfig
+from paraxis.train.run import Run, assemble
+from paraxis.train.stages import build_order
+from paraxis.train.step import train_step
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
+ROUND = 512  # bytes: CUDA's caching allocator gives out multiples of it
+
+# What an argument of an operator is for: buffers that are made for a collective, gradients on their way into one.
+_SAYS = {
+    "c10d::_allgather_base_": (0, "communication"),
+    "c10d::_reduce_scatter_base_": (1, "communication"),
+    "c10d::recv_": (0, "communication"),
+    "fsdp::chunk_cat": (0, "gradients"),
+}
+# FSDP allocates these outputs on CUDA streams of their own, where only the like of them find room.
+_STREAM = {"c10d::_allgather_base_": 1, "c10d::_reduce_scatter_base_": 2}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a step, from event `start` on. `block` counts those of this rank's `stage`-th stage; -1 outside blocks."""
+
+    kind: str
+    start: int
+    stage: int = 0
+    block: int = -1
+
+
+@dataclass
+class Trace:
+    """A step as a list of events: at each, an allocation (a number) grows or shrinks by so many bytes.
+
+    `before` has the bytes of each allocation that the step finds, `category` what each allocation is for, `stream` the CUDA stream it
+    was made on, where that is not the one that computes (0).
+    """
+
+    before: dict[int, int] = field(default_factory=dict)
+    events: list[tuple[int, int]] = field(default_factory=list)
+    category: list[str] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    stream: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def reserved(self) -> int:
+        """What CUDA's caching allocator reserves for it, in bytes."""
+        before = [(self.stream.get(number, 0), number, held) for number, held in sorted(self.before.items())]
+        return reserved_bytes(before, ((self.stream.get(number, 0), number, change) for number, change in self.events))
+
+
+class Recorder(PretendedMemory):
+    """Follows the storages of tensors on the pretended device from the operator that makes them until nothing refers to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.default = "other"
+        self._held: dict[int, tuple[int, int]] = {}  # by storage: the allocation and its bytes
+        self._watched: dict[int, weakref.ref[Any]] = {}
+
+    @contextmanager
+    def sees_resizes(self) -> Iterator[None]:
+        """While inside, storages that are emptied or filled are followed too: FSDP gathers parameters into such, use after use."""
+
+        def resize(storage: torch.UntypedStorage, size: int) -> None:
+            plain(storage, size)
+            if storage._cdata in self._held:
+                self._set(storage, "parameters")
+
+        plain = torch.UntypedStorage.resize_
+        with replaced(torch.UntypedStorage, "resize_", resize):
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if (said := _SAYS.get(func.name())) is not None:
+            place, category = said
+            self.call(category, tree_leaves(args[place]), only="activations")
+        if (stream := _STREAM.get(func.name())) is not None and (number := self._number(args[0])) is not None:
+            self.trace.stream[number] = stream
+        return out
+
+    def made(self, out: Any) -> None:
+        for x in tree_leaves(out):
+            if self.holds(x):
+                self._set(x.untyped_storage(), None)
+
+    def call(self, category: str, tensors: Any, only: str | None = None) -> None:
+        """Says what `tensors` are for, from the time they were made."""
+        for x in tensors:
+            number = self._number(x.to_local() if isinstance(x, DTensor) else x)
+            if number is not None and (only is None or self.trace.category[number] == only):
+                self.trace.category[number] = category
+
+    def _number(self, x: Any) -> int | None:
+        """Which allocation a tensor lies in; None for the host's."""
+        held = self._held.get(x.untyped_storage()._cdata) if self.holds(x) else None
+        return None if held is None else held[0]
+
+    def start(self) -> None:
+        """The step begins: what is held now it finds."""
+        self.trace.before = dict(self._held.values())
+        self.trace.events.clear()
+
+    def stop(self) -> Trace:
+        """What was recorded; what happens from now on is not."""
+        trace, self.trace = self.trace, replace(self.trace, events=[])
+        return trace
+
+    def enter(self, kind: str, stage: int = 0, block: int = -1) -> None:
+        """A phase begins."""
+        self.trace.phases.append(Phase(kind, len(self.trace.events), stage, block))
+
+    def _set(self, storage: torch.UntypedStorage, category: str | None) -> None:
+        """Notes a storage's size. An empty one that grows is a new allocation."""
+        key, size = storage._cdata, -(-storage.nbytes() // ROUND) * ROUND
+        number, held = self._held.get(key, (-1, 0))
+        if number >= 0 and size == held:
+            return
+        if number < 0 or not held:
+            number = len(self.trace.category)
+            self.trace.category.append(category or self.default)
+        if key not in self._watched:
+            self._watched[key] = weakref.ref(storage, partial(self._gone, key))
+        self._held[key] = number, size
+        self.trace.events.append((number, size - held))
+
+    def _gone(self, key: int, _: Any) -> None:
+        del self._watched[key]
+        number, size = self._held.pop(key)
+        self.trace.events.append((number, -size))
+
+
+def trace_step(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Trace:
+    """The second training step of rank `rank` of `ranks`; the first makes what steps keep between them.
+
+    Raises ConfigError for what cannot run.
+    """
+    if config.compile != "none":
+        raise ConfigError(f"compile={config.compile} cannot be traced for memory; set compile=none")
+    if getattr(config.data, "document_mask", False):
+        raise ConfigError("data.document_mask=true cannot be traced: what it costs depends on the documents; leave it out")
+    with pretended_world(ranks, rank, device) as world, Recorder() as recorder, recorder.sees_resizes():
+        run = assemble(config, world, _NoRows(config.model.vocab_size), None)
+        for module in run.modules:
+            _use_pretended(module)
+        _tell_shapes(run)
+        if run.mesh.ep is not None:
+            for router in run.routers.values():
+                router.use_dispatch(EvenDispatch(ExpertDispatch(run.mesh.ep), run.mesh.degrees.ep))
+        recorder.call("parameters", [x for shard in run.shards for x in (shard.parameter, shard.local)])
+        recorder.call("optimizer", tree_leaves(run.optimizer.state()))
+        train_step(run, _batches(run), lr=1e-3)
+        batches = _batches(run)
+        with _marking(run, recorder):
+            train_step(run, batches, lr=1e-3)
+        return recorder.stop()
+
+
+@dataclass
+class _NoRows:
+    vocab_size: int
+    fingerprint: str = ""
+    length: int = 0
+
+    def row(self, index: int) -> dict[str, Any]:
+        raise AssertionError("nothing reads the rows of a pretended run")
+
+
+def _batches(run: Run) -> list[Batch]:
+    """A step's micro-batches for this rank, as they arrive from the loader."""
+    config = run.config
+    shape = (config.train.micro_batch, config.data.seq_len)
+    number = run.rows_per_step // (run.mesh.degrees.data_ranks * config.train.micro_batch)
+    return [run.take(Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3)))) for _ in range(number)]
+
+
+def _use_pretended(module: nn.Module) -> None:
+    """Has FSDP make its buffers on the pretended device: it takes what a mesh of CPUs computes on."""
+    for unit in fsdp_units(module):
+        state = unit._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            if group is not None:
+                group.device = PRETENDED
+                for parameter in group.fsdp_params:
+                    parameter.device = PRETENDED
+
+
+def _tell_shapes(run: Run) -> None:
+    """Answers, in the other pipeline ranks' place, what their stages' outputs look like."""
+    degrees, config = run.mesh.degrees, run.config
+    if degrees.pp == 1:
+        return
+    shape = [config.train.micro_batch, config.data.seq_len // degrees.cp // degrees.tp, config.model.width]
+    dtype = str(precision(config.precision).compute).removeprefix("torch.")
+    for stage in range(build_order(config, degrees).stages):
+        run.world.store.set(f"pipeline/shape/{stage}", json.dumps([shape, dtype]))
+
+
+@contextmanager
+def _marking(run: Run, recorder: Recorder) -> Iterator[None]:
+    """While inside, the recorder is told when blocks go forward and backward, and when the optimizer steps."""
+    handles = []
+    for stage, module in enumerate(run.modules):
+        blocks = list(module.blocks())  # type: ignore[operator]
+        for number, block in enumerate(blocks):
+            handles.append(block.register_forward_pre_hook(partial(_goes_forward, recorder, stage, number), prepend=True))
+            handles.append(block.register_forward_hook(partial(_went_forward, recorder, stage, number, number + 1 == len(blocks))))
+    update = run.optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> None:
+        recorder.call("gradients", [shard.local.grad for shard in run.shards if shard.local.grad is not None])
+        recorder.enter("optimizer")
+        recorder.default = "optimizer"
+        update(*args, **kwargs)
+        recorder.default = "other"
+        recorder.enter("end")
+
+    recorder.start()
+    recorder.enter("start")
+    recorder.default = "activations"
+    with replaced(run.optimizer, "step", step):
+        yield
+    for handle in handles:
+        handle.remove()
+
+
+def _goes_forward(recorder: Recorder, stage: int, block: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+    recorder.enter("forward", stage, block)
+    x = args[0]
+    if block == 0 and x.requires_grad and torch.is_grad_enabled():
+        x.register_hook(lambda _: recorder.enter("after", stage))
+
+
+def _went_forward(recorder: Recorder, stage: int, block: int, last: bool, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    if out.requires_grad:
+        out.register_hook(lambda _: recorder.enter("backward", stage, block))
+    if last:
+        recorder.enter("between", stage)
