@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from functools import cache
 from math import prod
+from typing import cast
 
 from paraxis.base.axes import DEGREES, Degrees
 from paraxis.base.errors import ConfigError
@@ -171,7 +172,7 @@ def place(
 def _splits(table: LayoutTable, name: str, degrees: Degrees) -> tuple[Split, ...]:
     """How `table` cuts a parameter along axes that have more than one rank."""
     rule = matching(table, name)
-    rules = rule if isinstance(rule, tuple) else (rule,)
+    rules = cast("tuple[object, ...]", rule) if isinstance(rule, tuple) else (rule,)
     return tuple(rule for rule in rules if isinstance(rule, Split) and getattr(degrees, rule.axis) > 1)
 
 

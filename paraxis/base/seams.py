@@ -120,8 +120,8 @@ def routed_layers(model: nn.Module) -> dict[str, Routed]:
 
     Not by `isinstance`: a protocol looks at the class, which does not say what modules and buffers its instances hold.
     """
-    modules = cast("dict[str, nn.Module]", dict(model.named_modules()))
-    return {name: cast(Routed, module) for name, module in modules.items() if hasattr(module, "begin_step")}
+    modules: dict[str, Any] = dict(cast(Any, model).named_modules())
+    return {name: module for name, module in modules.items() if hasattr(module, "begin_step")}
 
 
 class Model(Protocol):
