@@ -15,10 +15,13 @@ class CheckpointConfig:
     every: Annotated[int, "save every so many steps, and at the end; 0 means only at the end"] = 0
     at_end: Annotated[bool, "save at the end; a run that is asked to stop early saves in any case"] = True
     keep_last: Annotated[int, "complete checkpoints to keep; older ones are removed once a new one is complete"] = KEEP_LEAST
+    keep_every: Annotated[int, "besides those, keep every checkpoint whose step is a multiple of this; 0 means none"] = 0
+    keep_best: Annotated[int, "besides those, keep so many of the lowest held-out loss among those scored at the step they are of"] = 0
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"checkpoint.every={self.every} must be 0 (only at the end) or more")
+        for name, none in (("every", "only at the end"), ("keep_every", "none"), ("keep_best", "none")):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be 0 ({none}) or more")
         if self.keep_last < KEEP_LEAST:
             raise ConfigError(
                 f"checkpoint.keep_last={self.keep_last} must be {KEEP_LEAST} or more, "

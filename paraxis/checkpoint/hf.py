@@ -19,7 +19,6 @@ from torch import Tensor
 from paraxis.base.errors import CheckpointError, StorageError
 from paraxis.base.keys import KeyTable, Stacked, to_theirs
 from paraxis.base.layout import whole_box
-from paraxis.checkpoint.config import KEEP_LEAST
 from paraxis.checkpoint.hf_source import CONFIG, INDEX, SINGLE, HuggingFaceWeights
 from paraxis.checkpoint.load import Checkpoint
 from paraxis.checkpoint.manifest import checked_name
@@ -60,7 +59,7 @@ def import_hf(
         target = _target(_stored_dtype(weights, theirs[name], shape), None if name in exact else dtype)
         load = partial(_read_as_ours, weights, theirs[name], shape, target)
         parts.append(Part(MODEL + name, shape, target, whole_box(shape), load))
-    return save_parts(destination, 0, parts, meta, files, OneProcess(), layout="", keep_last=KEEP_LEAST)
+    return save_parts(destination, 0, parts, meta, files, OneProcess(), layout="")
 
 
 def matched(weights: HuggingFaceWeights, keys: KeyTable, expected: Mapping[str, tuple[int, ...]]) -> dict[str, str | Stacked]:

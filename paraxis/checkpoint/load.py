@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paraxis.base.errors import CheckpointError
 from paraxis.base.layout import Box, whole_box
-from paraxis.checkpoint.manifest import CHUNK_BYTES, MANIFEST, Manifest, StoredPiece, StoredTensor
+from paraxis.checkpoint.manifest import CHUNK_BYTES, MANIFEST, Manifest, StoredFile, StoredPiece, StoredTensor
 from paraxis.checkpoint.store import complete_folders, read_range, size_of
 from paraxis.checkpoint.tensor_file import DTYPES, HEADER_LIMIT_BYTES, Located, parse_header
 
@@ -46,6 +46,14 @@ def committed(folder: Path, warn: Callable[[str], None] = _log.warning) -> list[
 
 def open_checkpoint(path: Path) -> "Checkpoint":
     """The checkpoint in the folder `path`. Raises CheckpointError where it is missing, foreign, or visibly damaged."""
+    manifest = read_manifest(path)
+    for name, stored in manifest.files.items():
+        check_size(path, name, stored)
+    return Checkpoint(path, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint in the folder `path`. Raises CheckpointError where it is missing, foreign or damaged."""
     file = path / MANIFEST
     if not file.is_file():
         raise CheckpointError(
@@ -56,13 +64,15 @@ def open_checkpoint(path: Path) -> "Checkpoint":
     if size > MANIFEST_LIMIT_BYTES:
         raise CheckpointError(f"{file} has {size} bytes, more than any manifest should ({MANIFEST_LIMIT_BYTES})")
     try:
-        manifest = Manifest.from_bytes(read_range(file, 0, size))
+        return Manifest.from_bytes(read_range(file, 0, size))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    for name, stored in manifest.files.items():
-        if (size := size_of(path / name, path)) != stored.size_bytes:
-            raise CheckpointError(f"{path / name} has {size} bytes, but {stored.size_bytes} were written; it was damaged or exchanged")
-    return Checkpoint(path, manifest)
+
+
+def check_size(path: Path, name: str, stored: StoredFile) -> None:
+    """Raises CheckpointError where the file `name` of the checkpoint at `path` is missing, no file, or of another length."""
+    if (size := size_of(path / name, path)) != stored.size_bytes:
+        raise CheckpointError(f"{path / name} has {size} bytes, but {stored.size_bytes} were written; it was damaged or exchanged")
 
 
 class Checkpoint:

@@ -147,6 +147,12 @@ def _parse(body: dict[str, Any]) -> Manifest:
     return Manifest(_natural(body["step"]), _natural(body["generation"]), str(body["layout"]), tensors, files, dict(body["meta"]))
 
 
+def files_beside(manifest: Manifest) -> list[str]:
+    """The names of the files that hold no tensors, such as the configuration and the tokenizer's."""
+    shards = {piece.file for tensor in manifest.tensors.values() for piece in tensor.pieces}
+    return [name for name in manifest.files if name not in shards]
+
+
 def checked_name(name: str) -> str:
     """`name` where it is a relative path that stays inside its folder. Raises ValueError for any other."""
     if name == MANIFEST or not all(_NAME_PART.fullmatch(part) for part in name.split("/")):

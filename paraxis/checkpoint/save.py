@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from paraxis.base.errors import StorageError
 from paraxis.base.layout import Box, whole_box
-from paraxis.checkpoint.config import KEEP_LEAST
 from paraxis.checkpoint.load import committed
 from paraxis.checkpoint.manifest import MANIFEST, Manifest, StoredFile, StoredPiece, StoredTensor, checked_name
 from paraxis.checkpoint.ranks import OneProcess, Ranks
+from paraxis.checkpoint.retain import KEEP, Candidate, Keep, candidate, unwanted
 from paraxis.checkpoint.store import passing_generations, remove, sweep, sync_folder, sync_tree, write_latest
 from paraxis.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, SHARD_BYTES, Entry, shards, write_file, write_tensors
 
@@ -73,15 +73,16 @@ def save(
     ranks: Ranks | None = None,
     *,
     layout: str = "",
-    keep_last: int = KEEP_LEAST,
+    keep: Keep = KEEP,
 ) -> Path:
     """Saves the state of all `ranks` as `folder/step-N` and returns that path once it is durable and visible.
 
     `pieces` are this rank's; `meta` (anything JSON can say) and `files` (by relative name) are written as rank 0 gives them. A
-    `step-N` that exists is replaced. Raises StorageError on every rank alike where any of them fails: then nothing new is visible.
+    `step-N` that exists is replaced; then older checkpoints go that `keep` does not ask for. Raises StorageError on every rank alike
+    where any of them fails: then nothing new is visible.
     """
     parts = [share(piece) for piece in pieces]
-    return save_parts(folder, step, parts, meta, files, ranks or OneProcess(), layout=layout, keep_last=keep_last)
+    return save_parts(folder, step, parts, meta, files, ranks or OneProcess(), layout=layout, keep=keep)
 
 
 def share(piece: Piece) -> Part:
@@ -104,7 +105,7 @@ def save_parts(
     ranks: Ranks,
     *,
     layout: str,
-    keep_last: int,
+    keep: Keep = KEEP,
 ) -> Path:
     """`save`, of parts that may be read only when their turn comes."""
     final = folder / f"step-{step}"
@@ -114,7 +115,30 @@ def save_parts(
     blank = Manifest(step, begun["generation"], layout, {}, {}, meta)
     _first_for_all(ranks, final, lambda: _commit(draft, final, blank, reports or [], files))
     if ranks.rank == 0:
-        _retire(final, [folder / name for name in begun["older"]], keep_last)
+        _retire(folder, candidate(final.name, step, meta), begun["older"], keep)
+    return final
+
+
+def save_shares(
+    folder: Path, step: int, shares: Sequence[Sequence[Part]], meta: Mapping[str, Any], files: Mapping[str, bytes], *, layout: str
+) -> Path:
+    """`save_parts` by one process that writes what each of several ranks would: `shares` has the parts of each, in rank order.
+
+    Raises StorageError where `folder` cannot be written, and lets through what reading the parts raises of ours.
+    """
+    final = folder / f"step-{step}"
+    begun = _first_for_all(OneProcess(), final, lambda: _begin(final))
+    draft = folder / begun["draft"]
+    try:
+        reports = [{"done": _write(draft, rank, parts)} for rank, parts in enumerate(shares)]
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, (OSError, ValueError)):
+            raise StorageError(f"{final} was not saved: {error}; see that {folder} has space and can be written") from error
+        raise
+    blank = Manifest(step, begun["generation"], layout, {}, {}, meta)
+    _first_for_all(OneProcess(), final, lambda: _commit(draft, final, blank, reports, files))
+    _retire(folder, candidate(final.name, step, meta), begun["older"], KEEP)
     return final
 
 
@@ -148,7 +172,8 @@ def _begin(final: Path) -> dict[str, Any]:
     generation = 1 + max(passing + [checkpoint.manifest.generation for checkpoint in older], default=0)
     draft = f"{final.name}.tmp-{generation}"
     (folder / draft).mkdir()
-    return {"generation": generation, "draft": draft, "older": [checkpoint.path.name for checkpoint in older]}
+    candidates = [asdict(candidate(one.path.name, one.manifest.step, one.meta)) for one in older]
+    return {"generation": generation, "draft": draft, "older": candidates}
 
 
 def _write(draft: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]:
@@ -219,13 +244,13 @@ def _merge(reports: list[dict[str, Any]]) -> tuple[dict[str, StoredTensor], dict
     return tensors, files
 
 
-def _retire(final: Path, older: list[Path], keep_last: int) -> None:
+def _retire(folder: Path, new: Candidate, older: Sequence[Mapping[str, Any]], keep: Keep) -> None:
     """Announces the new checkpoint and removes those no longer wanted. A failure here costs space, not state: it is only logged."""
     try:
-        write_latest(final.parent, final.name)
-        previous = [path for path in older if path != final]
-        for path in previous[max(keep_last, KEEP_LEAST) - 1 :]:
-            remove(path)
-        sweep(final.parent)
+        write_latest(folder, new.name)
+        previous = [Candidate(**one) for one in older if one["name"] != new.name]
+        for one in unwanted([new, *previous], keep):
+            remove(folder / one.name)
+        sweep(folder)
     except OSError as error:
-        _log.warning("%s is saved, but what it replaces could not be tidied away: %s", final, error)
+        _log.warning("%s is saved, but what it replaces could not be tidied away: %s", folder / new.name, error)

@@ -21,12 +21,31 @@ LATEST = "latest"
 
 _COMPLETE = re.compile(r"step-\d+(\.replaced-\d+)?")
 _PASSING = re.compile(r"(?P<base>step-\d+)\.(?P<what>tmp|replaced)-(?P<generation>\d+)")
+_STEP = re.compile(r"step-(\d+)")
 _PRUNED = ".pruned"
+_LONGEST_NAME = 255  # characters, of a file system
 
 
 def complete_folders(folder: Path) -> list[Path]:
     """The checkpoints of `folder` that have been committed, in no order; none where there is no folder."""
     return [path for path in _folders(folder) if _COMPLETE.fullmatch(path.name)]
+
+
+def draft_folders(folder: Path) -> list[Path]:
+    """The checkpoints that are being written in `folder`, or were when their save died."""
+    return [path for path in _folders(folder) if (match := _PASSING.fullmatch(path.name)) and match["what"] == "tmp"]
+
+
+def step_in_name(name: str) -> int:
+    """The step of the checkpoint whose folder is called `name`."""
+    match = _STEP.match(name)
+    assert match is not None, name
+    return int(match[1])
+
+
+def looks_like_checkpoint(path: Path) -> bool:
+    """Whether `path` is a folder with the name of a complete checkpoint; what is in it may be damaged."""
+    return path.is_dir() and _COMPLETE.fullmatch(path.absolute().name) is not None
 
 
 def passing_generations(folder: Path) -> list[int]:
@@ -63,6 +82,15 @@ def write_latest(folder: Path, name: str) -> None:
         os.fsync(file.fileno())
     os.replace(draft, folder / LATEST)
     sync_folder(folder)
+
+
+def read_latest(folder: Path) -> str:
+    """The name that `latest` in `folder` holds; empty where there is none that can be read."""
+    try:
+        with open(folder / LATEST, errors="replace") as file:
+            return file.read(_LONGEST_NAME).strip()
+    except OSError:
+        return ""
 
 
 def sync_folder(folder: Path) -> None:

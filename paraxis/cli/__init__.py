@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": ("paraxis.cli.eval", "score text with a checkpoint: loss, perplexity, tokens"),
     "generate": ("paraxis.cli.generate", "continue a text with a checkpoint"),
     "convert": ("paraxis.cli.convert", "Hugging Face weights to a checkpoint, and back"),
+    "ckpt": ("paraxis.cli.ckpt", "list, verify, compare, rewrite and remove checkpoints"),
     "data": ("paraxis.cli.data", "tokenise and pack a recipe's data ahead of training"),
     "verify": ("paraxis.cli.verify", "prove that layouts compute the numbers of one process"),
     "bench": ("paraxis.cli.bench", "measure training steps and data, other systems beside them"),

@@ -66,6 +66,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         precision(self.precision)
+        if self.checkpoint.keep_best and not self.eval.every:
+            raise ConfigError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} goes by the held-out loss, which nothing takes; "
+                "set eval.every and eval.paths, or checkpoint.keep_best=0"
+            )
 
     def rows_per_step(self, degrees: Degrees) -> int:
         """Rows of one optimizer step over all data ranks. Raises ConfigError where what is asked for does not divide or agree."""

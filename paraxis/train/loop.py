@@ -16,9 +16,9 @@ from paraxis.train.step import train_step
 
 
 class Save(Protocol):
-    """Saves the run as it stands, and returns the checkpoint's folder."""
+    """Saves the run as it stands, with its held-out loss where it was just scored, and returns the checkpoint's folder."""
 
-    def __call__(self) -> Path: ...
+    def __call__(self, *, held_out_loss: float | None) -> Path: ...
 
 
 @dataclass
@@ -71,16 +71,17 @@ def due(run: Run, every: int) -> bool:
 def between_steps(run: Run, record: Record, save: Save, *, last: bool) -> None:
     """Scores the held-out data and saves, where due. A save that fails is a warning, unless it is the last chance."""
     finished = run.step == run.config.train.steps
+    held_out_loss: float | None = None
     if run.held_out is not None and (due(run, run.config.eval.every) or finished):
-        loss, targets = evaluate(run)
-        record.event("evaluation", "held-out loss", step=run.step, loss=loss, targets=targets)
-        record.evaluation(run.step, loss)
+        held_out_loss, targets = evaluate(run)
+        record.event("evaluation", "held-out loss", step=run.step, loss=held_out_loss, targets=targets)
+        record.evaluation(run.step, held_out_loss)
     if finished and not run.config.checkpoint.at_end:
         return
     if not (last or due(run, run.config.checkpoint.every)):
         return
     try:
-        path = save()
+        path = save(held_out_loss=held_out_loss)
     except StorageError as error:
         if last:
             raise

@@ -2,7 +2,7 @@
 
     model/NAME            the master weights
     optim/STATE/NAME      the optimizer's tensors (exp_avg, exp_avg_sq, momentum_buffer)
-    meta                  step, tokens, data position, optimizer counters, fingerprints, the model's record
+    meta                  step, tokens, data position, optimizer counters, fingerprints, the model's record, the held-out loss
     config.toml           the resolved configuration; tokenizer/... the tokenizer's files
 
 Initial values, data order and learning rate are functions of seed and step, so no random state is needed; a model that
@@ -18,6 +18,7 @@ import torch
 from paraxis.base.errors import CheckpointError
 from paraxis.base.layout import whole_box
 from paraxis.checkpoint.load import Checkpoint
+from paraxis.checkpoint.retain import HELD_OUT, Keep, held_out
 from paraxis.checkpoint.save import Piece, save
 from paraxis.data.record import continue_data, data_record, problem_with_data
 from paraxis.models.registry import to_record
@@ -58,17 +59,21 @@ def meta(run: Run) -> dict[str, Any]:
     }
 
 
-def save_run(run: Run, folder: Path, files: Mapping[str, bytes]) -> Path:
-    """Saves the run at its step under `folder`. Raises StorageError on every rank alike where any fails."""
+def save_run(run: Run, folder: Path, files: Mapping[str, bytes], held_out_loss: float | None = None) -> Path:
+    """Saves the run at its step, with its held-out loss where it was scored, under `folder`.
+
+    Raises StorageError on every rank alike where any fails.
+    """
+    kept = run.config.checkpoint
     return save(
         folder,
         run.step,
         pieces(run),
-        meta(run),
+        {**meta(run), HELD_OUT: held_out(held_out_loss, run.held_out.fingerprint if run.held_out is not None else "")},
         files,
         run.world,
         layout=run.mesh.degrees.layout,
-        keep_last=run.config.checkpoint.keep_last,
+        keep=Keep(last=kept.keep_last, every=kept.keep_every, best=kept.keep_best),
     )
 
 

@@ -14,6 +14,7 @@ from paraxis.checkpoint import save as saving
 from paraxis.checkpoint.config import CheckpointConfig
 from paraxis.checkpoint.load import committed, newest, open_checkpoint
 from paraxis.checkpoint.manifest import CHUNK_BYTES
+from paraxis.checkpoint.retain import Keep
 from paraxis.checkpoint.save import Piece, save
 
 
@@ -128,7 +129,7 @@ def test_every_stored_dtype_keeps_its_bits(tmp_path, whole):
 
 def test_newest_is_the_last_committed_even_where_the_run_went_back(tmp_path, state, whole):
     for step in (10, 20, 15):
-        save(tmp_path, step, whole(state), {}, {}, keep_last=3)
+        save(tmp_path, step, whole(state), {}, {}, keep=Keep(last=3))
     assert newest(tmp_path) == tmp_path / "step-15"
     assert (tmp_path / "latest").read_text() == "step-15\n"
     assert [c.path.name for c in committed(tmp_path)] == ["step-15", "step-20", "step-10"]
@@ -137,7 +138,7 @@ def test_newest_is_the_last_committed_even_where_the_run_went_back(tmp_path, sta
 
 def test_pruning_keeps_the_last_two_at_least(tmp_path, state, whole):
     for step in range(5):
-        save(tmp_path, step, whole(state), {}, {}, keep_last=0)
+        save(tmp_path, step, whole(state), {}, {}, keep=Keep(last=0))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-3", "step-4"]
 
 
