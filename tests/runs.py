@@ -102,7 +102,7 @@ def _live(body: Callable[[], int], out: Path | None, err: Path | None) -> None:
 def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> Any:
     """In place of the launcher's own: the worker is forked, with the same variables, streams, group and end."""
     variables = worker_variables(rank, ranks, store_path)
-    ask_to_die = launch._die_with(os.getpid())
+    ask_to_die = launch.die_with(os.getpid())
 
     def body() -> int:
         os.setpgid(0, 0)

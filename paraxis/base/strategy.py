@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from paraxis.base.axes import DEGREES, Degrees
 from paraxis.base.dtypes import PRECISIONS, Precision
 from paraxis.base.errors import ConfigError
+from paraxis.base.layout import IDLE
 
 ContextKind = Literal["auto", "ring", "ulysses", "usp", "allgather"]
 
@@ -61,8 +62,9 @@ class ParallelConfig:
 
     def _refuse_idle_settings(self) -> None:
         """An explicit request is met or refused: settings of an axis that is not used are a mistake."""
-        for axis, names in (("pp", ("schedule", "stages_a_rank", "cuts")), ("cp", ("cp_kind", "cp_ulysses")), ("tp", ("async_tp",))):
-            if getattr(self, axis) == 1 and (said := [name for name in names if getattr(self, name) not in ("auto", 0, ())]):
+        for axis, idle in IDLE.items():
+            said = [name for name, value in idle.items() if getattr(self, name) != value]
+            if getattr(self, axis) == 1 and said:
                 raise ConfigError(
                     f"parallel.{said[0]}={getattr(self, said[0])} says nothing while parallel.{axis}=1; raise that, or leave this out"
                 )

@@ -15,7 +15,7 @@ from paraxis.models.decoder import Block, Decoder
 from paraxis.models.init import Init, Normal
 from paraxis.models.mla import MLA
 from paraxis.models.mlp import MLP
-from paraxis.models.moe import MoE
+from paraxis.models.moe import EXPERTS_LAYOUT, MoE
 from paraxis.ops.rope import YarnConfig
 from paraxis.ops.routing import RoutingConfig
 
@@ -161,9 +161,7 @@ def layout_table(config: DeepSeekConfig) -> LayoutTable:
         "layers.*.attention": Gather(),  # latent vectors, made on every rank, are made of its input too
         "layers.*.attention.q_b_proj.weight": Split("tp", 0),
         "layers.*.attention.kv_b_proj.weight": Split("tp", 0),
-        "layers.*.mlp.experts.gate_proj": (Split("ep", 0), Split("tp", 2)),
-        "layers.*.mlp.experts.up_proj": (Split("ep", 0), Split("tp", 2)),
-        "layers.*.mlp.experts.down_proj": (Split("ep", 0), Split("tp", 1)),
+        **EXPERTS_LAYOUT,
         "layers.*.mlp.shared.gate_proj.weight": Split("tp", 0),
         "layers.*.mlp.shared.up_proj.weight": Split("tp", 0),
         "layers.*.mlp.shared.down_proj.weight": Split("tp", 1),

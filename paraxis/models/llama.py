@@ -3,13 +3,15 @@
 Shapes: "The Llama 3 Herd of Models" (arXiv:2407.21783, table 3) for 3.1, the model cards of Llama 3.2 for 1B and 3B.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from paraxis.base.errors import ConfigError
+from paraxis.base.keys import KeyTable
 from paraxis.models.attention import Attention
 from paraxis.models.decoder import Block, Decoder
-from paraxis.models.init import Init, Normal
+from paraxis.models.init import Init, InitTable, Normal
 from paraxis.models.mlp import MLP
 from paraxis.ops.rope import RopeConfig
 
@@ -107,15 +109,20 @@ def build_llama(config: LlamaConfig) -> Decoder:
         )
         for _ in range(config.layers)
     ]
-    return Decoder(
+    return build_decoder(Decoder, config, blocks, init_table(config), KEYS)
+
+
+def build_decoder(kind: type[Decoder], config: LlamaConfig, blocks: Sequence[Block], init: InitTable, keys: KeyTable) -> Decoder:
+    """The decoder around `blocks` that a configuration of Llama's kind asks for."""
+    return kind(
         vocab_size=config.vocab_size,
         width=config.width,
         blocks=blocks,
         norm_eps=config.norm_eps,
         rope=config.rope,
         tied=config.tied,
-        init=init_table(config),
-        keys=KEYS,
+        init=init,
+        keys=keys,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paraxis.base.errors import ConfigError
+from paraxis.base.layout import LayoutTable, Split
 from paraxis.base.seams import Dispatch
 from paraxis.models.mlp import MLP
 from paraxis.ops.grouped import grouped_linear
@@ -28,6 +29,13 @@ from paraxis.ops.routing import (
     tally_in_backward,
     z_loss,
 )
+
+# Where the experts of a decoder's layers may be split: shared out by `ep`, each cut along its hidden features by `tp`.
+EXPERTS_LAYOUT: LayoutTable = {
+    "layers.*.mlp.experts.gate_proj": (Split("ep", 0), Split("tp", 2)),
+    "layers.*.mlp.experts.up_proj": (Split("ep", 0), Split("tp", 2)),
+    "layers.*.mlp.experts.down_proj": (Split("ep", 0), Split("tp", 1)),
+}
 
 
 class Experts(nn.Module):

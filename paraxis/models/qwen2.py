@@ -41,16 +41,7 @@ class Qwen2Config(LlamaConfig):
             )
             for _ in range(self.layers)
         ]
-        return Qwen2Decoder(
-            vocab_size=self.vocab_size,
-            width=self.width,
-            blocks=blocks,
-            norm_eps=self.norm_eps,
-            rope=self.rope,
-            tied=self.tied,
-            init=llama.init_table(self),
-            keys=KEYS,
-        )
+        return llama.build_decoder(Qwen2Decoder, self, blocks, llama.init_table(self), KEYS)
 
     @property
     def parameters_count(self) -> int:

@@ -3,19 +3,18 @@
 Shapes: "Qwen3 Technical Report" (arXiv:2505.09388, tables 1 and 2) and the config.json of each release.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from paraxis.base.keys import KeyTable, Stacked
-from paraxis.base.layout import LayoutTable, Partial, Split
+from paraxis.base.keys import Stacked
+from paraxis.base.layout import LayoutTable, Partial
 from paraxis.models import llama
 from paraxis.models.attention import Attention
 from paraxis.models.decoder import Block, Decoder
 from paraxis.models.init import Init, Normal
 from paraxis.models.llama import LlamaConfig
 from paraxis.models.mlp import MLP
-from paraxis.models.moe import MoE
+from paraxis.models.moe import EXPERTS_LAYOUT, MoE
 from paraxis.ops.rope import RopeConfig
 from paraxis.ops.routing import RoutingConfig
 
@@ -44,7 +43,7 @@ class Qwen3Config(LlamaConfig):
     def build(self) -> Decoder:
         """The model; built under `torch.device("meta")` it takes no memory."""
         blocks = [_block(self, MLP(self.width, self.mlp_width)) for _ in range(self.layers)]
-        return _decoder(Decoder, self, blocks, llama.init_table(self), KEYS)
+        return llama.build_decoder(Decoder, self, blocks, llama.init_table(self), KEYS)
 
     @property
     def parameters_count(self) -> int:
@@ -62,7 +61,7 @@ class Qwen3MoEConfig(Qwen3Config):
     def build(self) -> Decoder:
         """The model; built under `torch.device("meta")` it takes no memory."""
         blocks = [_block(self, MoE(self.width, self.mlp_width, self.routing)) for _ in range(self.layers)]
-        return _decoder(MoEDecoder, self, blocks, moe_init_table(self), MOE_KEYS)
+        return llama.build_decoder(MoEDecoder, self, blocks, moe_init_table(self), MOE_KEYS)
 
     @property
     def parameters_count(self) -> int:
@@ -84,9 +83,7 @@ class MoEDecoder(Decoder):
     layout: ClassVar[LayoutTable] = {
         **{pattern: rule for pattern, rule in Decoder.layout.items() if ".mlp" not in pattern},
         "layers.*.mlp": Partial(),
-        "layers.*.mlp.experts.gate_proj": (Split("ep", 0), Split("tp", 2)),
-        "layers.*.mlp.experts.up_proj": (Split("ep", 0), Split("tp", 2)),
-        "layers.*.mlp.experts.down_proj": (Split("ep", 0), Split("tp", 1)),
+        **EXPERTS_LAYOUT,
     }
 
 
@@ -101,19 +98,6 @@ def moe_init_table(config: Qwen3MoEConfig) -> dict[str, Init]:
 def _block(config: Qwen3Config, mlp: MLP | MoE) -> Block:
     attention = Attention(config.width, config.heads, config.kv_heads, config.head_width, config.norm_eps)
     return Block(config.width, attention, mlp, config.norm_eps)
-
-
-def _decoder(kind: type[Decoder], config: Qwen3Config, blocks: list[Block], init: Mapping[str, Init], keys: KeyTable) -> Decoder:
-    return kind(
-        vocab_size=config.vocab_size,
-        width=config.width,
-        blocks=blocks,
-        norm_eps=config.norm_eps,
-        rope=config.rope,
-        tied=config.tied,
-        init=init,
-        keys=keys,
-    )
 
 
 def qwen3_0_6b() -> Qwen3Config:

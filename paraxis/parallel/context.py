@@ -11,7 +11,7 @@ work (Brandon et al., 2023, "Striped Attention", arXiv:2311.09431, has the probl
 b batch rows, T positions of the sequence, t = T/n those of a rank, h query heads, g key/value heads, d head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
@@ -71,6 +71,15 @@ def _pieces_of(rank: int, ranks: int) -> tuple[int, int]:
     return rank, 2 * ranks - 1 - rank
 
 
+def _plan(documents_bt: Tensor | None, group: Group, key_pieces: Iterable[Sequence[int]]) -> Plan | None:
+    """What this rank's queries see, step by step, of the pieces of keys that each step has at hand; None where rows are whole."""
+    if documents_bt is None:
+        return None
+    ranks, rank = group.size(), group.rank()
+    documents = Documents(gather_zigzag(documents_bt, group), 2 * ranks)
+    return Plan([documents.blocks(_pieces_of(rank, ranks), pieces) for pieces in key_pieces])
+
+
 @dataclass(frozen=True)
 class RingAttention:
     """Keys and values travel round the ring, the next ones on their way while these are computed with."""
@@ -81,11 +90,7 @@ class RingAttention:
 
     def mask(self, documents_bt: Tensor | None) -> Plan | None:
         """Gathers all ranks' document numbers; the plan leaves out what has no document in common."""
-        if documents_bt is None:
-            return None
-        ranks, rank = self.group.size(), self.group.rank()
-        documents = Documents(gather_zigzag(documents_bt, self.group), 2 * ranks)
-        return Plan([documents.blocks(_pieces_of(rank, ranks), _pieces_of(source, ranks)) for source in self._sources()])
+        return _plan(documents_bt, self.group, [_pieces_of(source, self.group.size()) for source in self._sources()])
 
     def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Plan | None) -> Tensor:
         plan = mask or Plan([[self._whole_block(source, q_bthd.shape[1])] for source in self._sources()])
@@ -116,11 +121,7 @@ class AllGatherAttention:
 
     def mask(self, documents_bt: Tensor | None) -> Plan | None:
         """Gathers all ranks' document numbers; the plan leaves out what has no document in common."""
-        if documents_bt is None:
-            return None
-        ranks, rank = self.group.size(), self.group.rank()
-        documents = Documents(gather_zigzag(documents_bt, self.group), 2 * ranks)
-        return Plan([documents.blocks(_pieces_of(rank, ranks), range(2 * ranks))])
+        return _plan(documents_bt, self.group, [range(2 * self.group.size())])
 
     def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Plan | None) -> Tensor:
         k, v = (gather_zigzag(x, self.group) for x in (k_bsgd, v_bsgd))

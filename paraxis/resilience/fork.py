@@ -5,7 +5,6 @@ and must not have initialised CUDA. What a rank returns travels as bytes through
 its own world only, and is named.
 """
 
-import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -21,10 +20,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from paraxis.base.errors import TrainingError
+from paraxis.resilience.launch import die_with
 
 # After the first failure the other ranks get this long to say what they saw, before they are killed.
 GRACE_S = 0.3
-_PR_SET_PDEATHSIG = 1
 _DIED_S = -1.0  # a death is what the others then complain of, whenever they noticed: it comes first
 
 Body = Callable[[int, Path], bytes]
@@ -58,6 +57,7 @@ def fork_world(body: Body, ranks: int, *, timeout_s: float) -> list[bytes]:
     outlives the call.
     """
     context = multiprocessing.get_context("fork")
+    ask_to_die = die_with(os.getpid())
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="paraxis-") as private:
@@ -65,7 +65,7 @@ def fork_world(body: Body, ranks: int, *, timeout_s: float) -> list[bytes]:
         try:
             for rank in range(ranks):
                 reader, writer = context.Pipe(duplex=False)
-                process = context.Process(target=_rank, args=(body, rank, folder, writer), name=f"rank {rank}")
+                process = context.Process(target=_rank, args=(body, rank, folder, writer, ask_to_die), name=f"rank {rank}")
                 process.start()
                 writer.close()  # the rank's death then ends the pipe
                 processes.append(process)
@@ -82,9 +82,10 @@ def fork_world(body: Body, ranks: int, *, timeout_s: float) -> list[bytes]:
     return [outcomes[rank].value for rank in range(ranks)]
 
 
-def _rank(body: Body, rank: int, folder: Path, pipe: Connection) -> None:
+def _rank(body: Body, rank: int, folder: Path, pipe: Connection, ask_to_die: Callable[[], None] | None) -> None:
     """The life of one rank. It leaves through os._exit: the parent's exit handlers are not its own to run."""
-    _die_with_parent()
+    if ask_to_die is not None:
+        ask_to_die()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent, which gets the terminal's Ctrl-C too, ends its ranks
     stacks = _stacks(folder, rank).open("w")
     faulthandler.enable(stacks)
@@ -101,12 +102,6 @@ def _rank(body: Body, rank: int, folder: Path, pipe: Connection) -> None:
 
 def _stacks(folder: Path, rank: int) -> Path:
     return folder / f"stacks-{rank}"
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to kill this process when its parent goes, however that goes."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _collect(processes: list[BaseProcess], pipes: list[Connection], timeout_s: float) -> dict[int, Outcome]:

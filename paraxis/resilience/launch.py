@@ -76,11 +76,11 @@ def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> _
         # In a group of its own, a worker does not get the terminal's Ctrl-C beside the one we pass on,
         # and can be killed together with what it started.
         process_group=0,
-        preexec_fn=_die_with(os.getpid()),
+        preexec_fn=die_with(os.getpid()),
     )
 
 
-def _die_with(launcher: int) -> Callable[[], None] | None:
+def die_with(launcher: int) -> Callable[[], None] | None:
     """What a worker does first on Linux: ask the kernel for SIGKILL once the process `launcher` is gone."""
     if sys.platform != "linux":
         return None

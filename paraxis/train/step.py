@@ -143,9 +143,8 @@ def make_gradients(run: Run, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, 
     """
     mesh = run.mesh
     targets = count_targets(batches, mesh)
-    scale = torch.tensor(1.0 / (run.rows_per_step * mesh.degrees.tp), dtype=torch.float64, device=targets.device)
     for router in run.routers.values():
-        router.begin_step(scale)
+        router.begin_step(torch.full((), 1.0 / (run.rows_per_step * mesh.degrees.tp), dtype=torch.float64, device=targets.device))
     loss = run.passes.forward_backward(batches, targets.clamp(min=1).double().reciprocal())
     for shard in run.shards:
         shard.take_gradient()
