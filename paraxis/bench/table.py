@@ -1,4 +1,7 @@
-"""Results of `paraxis bench step` as tables: one for the terminal, and one in Markdown that documents carry between markers.
+"""Results of `paraxis bench` as tables: one for the terminal, and one in Markdown that documents carry between markers.
+
+Rows of training steps have the columns below. Those of other benchmarks have their own keys for columns, in the order in which they
+come: a key ends in its unit, as in `forward_tflops`.
 
 <!-- table: step-2x-nvidia-h200-2026-01-31 -->
 ... made from bench/results/step-2x-nvidia-h200-2026-01-31.json ...
@@ -50,7 +53,7 @@ def _known(name: str, form: str) -> Callable[[Record, Sequence[Record]], str]:
     return lambda row, rows: "" if row[name] is None else format(row[name], form)
 
 
-# Title to what stands below it in a row among all rows. A column in which nothing stands is left out.
+# Title to what stands below it in a row of training steps among all rows. A column in which nothing stands is left out.
 COLUMNS: dict[str, Callable[[Record, Sequence[Record]], str]] = {
     "system": lambda row, rows: row["system"],
     "row": lambda row, rows: row["name"],
@@ -69,26 +72,60 @@ COLUMNS: dict[str, Callable[[Record, Sequence[Record]], str]] = {
     "to step 1, s": _known("first_step_s", ".1f"),
 }
 
+# The same for what `paraxis bench checkpoint` leaves.
+CHECKPOINT_COLUMNS: dict[str, Callable[[Record, Sequence[Record]], str]] = {
+    "system": lambda row, rows: row["system"],
+    "row": lambda row, rows: row["name"],
+    "ranks": lambda row, rows: str(row["ranks"]),
+    "state, GiB": _known("gib", ".3g"),
+    "save, s": _known("save_s", ".3f"),
+    "min - max": lambda row, rows: f"{row['save_s_min']:.3f} - {row['save_s_max']:.3f}",
+    "GiB/s": _known("save_gib_per_s", ".2f"),
+    "stall, s": _known("stall_s", ".3f"),
+    "of the sync save": _known("stall_share", ".1%"),
+    "load, s": _known("load_s", ".3f"),
+    "load GiB/s": _known("load_gib_per_s", ".2f"),
+}
+
 
 def cells(rows: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """The titles of the columns that have something to say, and the text of each row's."""
-    filled = {title: [show(row, rows) for row in rows] for title, show in COLUMNS.items()}
+    if any("tokens_per_s" in row for row in rows):
+        columns = CHECKPOINT_COLUMNS if rows and "save_s" in rows[0] else COLUMNS
+    filled = {title: [show(row, rows) for row in rows] for title, show in columns.items()}
+    else:
+        keys = dict.fromkeys(key for row in rows for key in row if key != "error")
+        filled = {key.replace("_", " "): [said(row.get(key)) for row in rows] for key in keys}
     titles = [title for title, column in filled.items() if any(column)]
     return titles, [[filled[title][number] for title in titles] for number in range(len(rows))]
 
 
+def said(value: object) -> str:
+    """A value as a table shows it: numbers to four digits, nothing for None."""
+    match value:
+        case None:
+            return ""
+        case bool() | str():
+            return str(value)
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return ", ".join(map(said, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def notes(rows: Sequence[Record]) -> list[str]:
     """Why rows did not end well."""
-    return [f"{row['system']} {row['name']}: {row['error']}" for row in rows if row["error"]]
+    return [f"{row.get('system', '')} {row['name']}: {row['error']}".strip() for row in rows if row.get("error")]
 
 
 def rich_table(results: Results) -> Table:
     """The table for a terminal."""
     titles, rows = cells(results.rows)
     table = Table(title=results.hardware, box=SIMPLE_HEAD, caption="\n".join(notes(results.rows)) or None, caption_justify="left")
-    words = ("system", "row", "model", "layout", "precision")
-    for title in titles:
-        table.add_column(title, justify="left" if title in words else "right")
+    for number, title in enumerate(titles):
+        numbers = all(re.match(r"-?[\d,.]", row[number]) for row in rows if row[number])
+        table.add_column(title, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*row)
     return table

@@ -8,21 +8,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paraxis.base.config import redact, suggestion
+from paraxis.base.config import suggestion
 from paraxis.base.env import read_environment
 from paraxis.base.errors import ConfigError, StorageError
 from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
+from paraxis.cli.bench_rows import TABLE_WIDTH, results_file, shown
+from paraxis.cli.bench_checkpoint import bench as bench_checkpoint
 from paraxis.cli.data import bench as bench_data
 
 if TYPE_CHECKING:
     from paraxis.bench.machine import Machine
-    from paraxis.bench.results import Results
     from paraxis.bench.rows import Pace, Subject
     from paraxis.bench.titan import Site
 
 HELP = """\
 usage: paraxis bench step RECIPE [--field=value ...] [options]
        paraxis bench data RECIPE [--data.field=value ...] [--rounds N] [--processes N] [--name NAME] [--out FILE] [--json]
+       paraxis bench checkpoint [--gib N] [--ranks N,N] [--runs N] [--folder DIR] [--name NAME] [--out FILE] [--json]
        paraxis bench table FILE ... | --into PAGE
 
 step trains the recipe as `paraxis train` does, once for each row, and reports per device tokens/s (median over the steps after
@@ -48,6 +50,10 @@ data measures, in tokens/s, the reading of training rows by one reader, for each
 in N processes (default: one for every four cores; no more than the data have parts) beside the bare tokenizer: the median of N
 rounds (default: 5).
 
+checkpoint saves and loads a state of so many GiB (default: 1) on so many ranks (default: 1 and 2 CPU processes, or 1 and all GPUs) in a
+folder made in DIR (default: that for temporary files): in the foreground, without hashing, in the background, and by torch's own DCP,
+beside as many bare bytes written, synced and read; medians of N runs (default: 3), reads from the disk.
+
 table prints results files as Markdown; with --into, it makes the tables marked in a page again instead, from the files of
 bench/results that the marks name: <!-- table: step-... --> to <!-- end of table -->.
 
@@ -55,10 +61,9 @@ examples:
   paraxis bench step debug --steps 6 --warmup 2
   paraxis bench step llama3_8b --ranks 2 --row "two: --train.micro_batch=2" --row "full: --train.micro_batch=4 --remat.mode=full"
   paraxis bench step llama3_8b --train.micro_batch=2 --data.paths=text.jsonl --data.tokenizer=titan/assets --against titan --titan titan
+  paraxis bench checkpoint --gib 8 --folder /scratch
   paraxis bench table --into docs/performance.md
 """
-
-TABLE_WIDTH = 200  # at most; a row reads better broken by the terminal than with its cells cut short
 
 STEP_OPTIONS = ("ranks", "steps", "warmup", "runs", "limit", "against", "titan", "titan-options", "name", "out", "logs")
 STEP_LISTS = ("row", "titan-row")
@@ -67,7 +72,7 @@ STEP_FLAGS = ("json", "debug", "help")
 
 def run(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 1 where a row failed. Raises ParaxisError for what is refused."""
-    benchmarks = {"step": _step, "data": bench_data, "table": _table}
+    benchmarks = {"step": _step, "data": bench_data, "checkpoint": bench_checkpoint, "table": _table}
     name = next((word for word in arguments if not word.startswith("-")), None)
     if "--help" in arguments or "-h" in arguments or name is None:
         print(HELP, end="")
@@ -156,18 +161,6 @@ def _pace(parsed: Arguments) -> "Pace":
     return Pace(steps=steps, warmup=warmup, limit_s=limit)
 
 
-def results_file(parsed: Arguments, results: "Results", name: str) -> Path:
-    """Where the results go: what --out says, or a file of the benchmark's `name` that is not there yet."""
-    from paraxis.bench.results import FOLDER
-
-    if given := parsed.options.get("out"):
-        return Path(given)
-    out = FOLDER / results.file_name(parsed.options.get("name", name))
-    if out.exists():
-        raise ConfigError(f"{out} exists; choose another --name, or write over it with --out={out}")
-    return out
-
-
 def _ours(parsed: Arguments, machine: "Machine", pace: "Pace") -> Iterator["Subject"]:
     from paraxis.bench.step import ours
 
@@ -212,15 +205,6 @@ def _empty_folder(logs: str) -> Path:
     except OSError as error:
         raise StorageError(f"--logs={logs} cannot be written: {error.strerror}; choose another folder") from error
     return folder
-
-
-def shown(arguments: Sequence[str]) -> str:
-    """The command, fit to be pasted, without the secrets it may hold."""
-    words = []
-    for word in arguments:
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words.append(f"{name}{equals}{redact(name.removeprefix('--'), value)}")
-    return shlex.join(["paraxis", "bench", *words])
 
 
 def _table(arguments: list[str]) -> int:

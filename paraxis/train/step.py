@@ -23,6 +23,12 @@ class Said:
     data_s: float = 0.0
     memory_gib: float = 0.0
 
+    def on(self, device: Device) -> Tensor:
+        """These on the device, float64 [3]; from pinned memory, since the host would wait there for the whole backward otherwise."""
+        values = torch.empty(3, dtype=torch.float64, pin_memory=device.is_cuda)
+        values.copy_(torch.tensor([self.stop, self.data_s, self.memory_gib]))
+        return values.to(device.torch, non_blocking=True)
+
 
 class StepReport:
     """What a step did, as one small matrix with a row a rank, copied to the host without waiting for it.
@@ -119,8 +125,7 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, said: Said = Sa
     """
     shards, mesh, max_norm = run.shards, run.mesh, run.config.optim.clip_norm
     targets, loss, tally = make_gradients(run, batches)
-    own = [square_sum(shards), loss.double(), *torch.tensor([said.stop, said.data_s, said.memory_gib], dtype=torch.float64).to(loss.device)]
-    rows = gather_rows(torch.stack(own), mesh.world.size)
+    rows = gather_rows(torch.cat([torch.stack([square_sum(shards), loss.double()]), said.on(mesh.world.device)]), mesh.world.size)
     norm, total_loss = rows[:, 0].sum().sqrt(), rows[:, 1].sum()
     if max_norm:
         clip(shards, norm, max_norm)

@@ -1,0 +1,71 @@
+"""What every benchmark of `paraxis bench` does around its rows: the machine, the results file, the table."""
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paraxis.base.config import redact
+from paraxis.base.errors import ConfigError
+from paraxis.cli.arguments import Arguments
+
+if TYPE_CHECKING:
+    from paraxis.bench.machine import Machine
+    from paraxis.bench.results import Results
+
+TABLE_WIDTH = 200  # at most; a row reads better broken by the terminal than with its cells cut short
+
+ROWS_OPTIONS = ("name", "out")
+ROWS_FLAGS = ("json", "debug", "help")
+
+Rows = Callable[["Machine"], Iterator[Mapping[str, Any]]]
+
+
+def measure_rows(benchmark: str, parsed: Arguments, arguments: Sequence[str], rows: Rows) -> int:
+    """Runs a benchmark whose `rows` come one after another, each a record of JSON values under names that end in their units.
+
+    The file is written after every row, so that none is lost. Understands ROWS_OPTIONS and ROWS_FLAGS. Returns the exit code: 1 where
+    a row says `error`.
+    """
+    from rich.console import Console
+
+    from paraxis.bench.machine import ask_machine
+    from paraxis.bench.results import Results, write_results
+    from paraxis.bench.table import rich_table, said
+
+    machine, console = ask_machine(), Console(stderr=True, highlight=False)
+    results = Results(hardware=machine.hardware, versions=machine.versions, date=f"{datetime.now(UTC):%Y-%m-%d}", command=shown(arguments))
+    out = results_file(parsed, results, benchmark)
+    for row in rows(machine):
+        results = replace(results, rows=[*results.rows, row])
+        write_results(out, results)
+        console.print("  ".join(f"{key} {said(value)}" for key, value in row.items() if value is not None), soft_wrap=True)
+    if "json" in parsed.flags:
+        print(results.json(), end="")
+    else:
+        Console(width=TABLE_WIDTH).print(rich_table(results))
+    console.print(f"results: {out}", soft_wrap=True)
+    return 1 if any(row.get("error") for row in results.rows) else 0
+
+
+def results_file(parsed: Arguments, results: "Results", name: str) -> Path:
+    """Where the results go: what --out says, or a file of the benchmark's `name` that is not there yet."""
+    from paraxis.bench.results import FOLDER
+
+    if given := parsed.options.get("out"):
+        return Path(given)
+    out = FOLDER / results.file_name(parsed.options.get("name", name))
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another --name, or write over it with --out={out}")
+    return out
+
+
+def shown(arguments: Sequence[str]) -> str:
+    """The command, fit to be pasted, without the secrets it may hold."""
+    words = []
+    for word in arguments:
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(f"{name}{equals}{redact(name.removeprefix('--'), value)}")
+    return shlex.join(["paraxis", "bench", *words])
