@@ -24,6 +24,7 @@ from paraxis.base.seams import Attend
 log = logging.getLogger("paraxis")
 
 HALF = (torch.bfloat16, torch.float16)
+BACKENDS = ("cudnn", "flash", "flex", "sdpa", "reference")
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
