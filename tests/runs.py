@@ -7,12 +7,11 @@ forked instead; all else is real: arguments, launcher, signals, exit codes, what
 import json
 import logging
 import os
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from torch import Tensor
 
 import paraxis.cli.train
 import paraxis.train.worker
-from paraxis.base.env import worker_variables
 from paraxis.checkpoint.load import newest, open_checkpoint
 from paraxis.cli import main
-from paraxis.resilience import launch
+from paraxis.resilience.forked import Forked
 from tests.worlds import warm_up
 
 ROOT = Path(__file__).parents[1]
@@ -43,75 +41,15 @@ class Ended:
     seconds: float
 
 
-class Forked:
-    """A child process that calls `body` and exits with what it returns; offers what the launcher needs of `subprocess.Popen`."""
-
-    def __init__(self, body: Callable[[], int], out: Path | None, err: Path | None) -> None:
-        self.returncode: int | None = None
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _live(body, out, err)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, timeout: float = 60.0) -> int:
-        deadline_s = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline_s:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                raise TimeoutError(f"process {self.pid} had not ended after {timeout:g} s")
-            time.sleep(0.01)
-        assert self.returncode is not None
-        return self.returncode
-
-
-def _live(body: Callable[[], int], out: Path | None, err: Path | None) -> None:
-    """The life of a forked process. It leaves through os._exit: pytest and its exit handlers are not its own to run."""
-    code = 1
-    try:
-        for number, path in ((1, out), (2, err)):
-            if path is not None:
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        # pytest has its own streams and log handlers, which would keep to themselves what is written.
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
-        logging.getLogger().handlers.clear()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        torch.set_num_threads(1)
-        code = body()
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-
-
-def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> Any:
-    """In place of the launcher's own: the worker is forked, with the same variables, streams, group and end."""
-    variables = worker_variables(rank, ranks, store_path)
-    ask_to_die = launch.die_with(os.getpid())
-
-    def body() -> int:
-        os.setpgid(0, 0)
-        if ask_to_die is not None:
-            ask_to_die()
-        os.environ.update(variables)
-        return main(command[3:])
-
-    return Forked(body, None if rank == 0 else Path(os.devnull), None)
+def _quietly(body: Callable[[], int], out: Path, err: Path) -> int:
+    """`body` with its own streams and log handlers: pytest's would keep to themselves what is written."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+    logging.getLogger().handlers.clear()
+    torch.set_num_threads(1)
+    return body()
 
 
 @dataclass
@@ -130,14 +68,13 @@ class Command:
         warm_up()
         self._out, self._err = (self.folder / f"{kind}-{id(self)}-{time.monotonic_ns()}" for kind in ("out", "err"))
         self._started_s = time.monotonic()
-        self.process = Forked(self._body, self._out, self._err)
+        self.process = Forked(partial(_quietly, self._body, self._out, self._err))
 
     def _body(self) -> int:
         for name in OURS:
             os.environ.pop(name, None)
         os.environ.update(self.variables, CUDA_VISIBLE_DEVICES="", GLOO_SOCKET_IFNAME="lo")
         os.chdir(self.folder)
-        launch._start = _start
         if self.before is not None:
             self.before()
         return main(list(self.arguments))

@@ -78,7 +78,12 @@ def stay_forkable() -> None:
     """Keeps this process free of threads and of CUDA, so that ranks can be forked from it; only before it first imports torch."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # GPUs are counted without initialising CUDA, which no fork survives
+    count_gpus_without_cuda()
+
+
+def count_gpus_without_cuda() -> None:
+    """Has torch count GPUs without initialising CUDA, which no fork survives."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
 def become_worker(rank: int, ranks: int, store_path: Path, gpus: bool) -> None:
@@ -86,6 +91,11 @@ def become_worker(rank: int, ranks: int, store_path: Path, gpus: bool) -> None:
     os.environ.update(worker_variables(rank, ranks, store_path))
     if not gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def worker_threads() -> int:
+    """The threads that a local worker computes with on the CPU."""
+    return int(os.environ["OMP_NUM_THREADS"])
 
 
 def allow_deterministic_kernels() -> None:
@@ -99,6 +109,12 @@ def prefer_expandable_segments() -> None:
         os.environ.update(_EXPANDABLE)
 
 
+def tokenise_with(threads: int) -> None:
+    """Gives the `tokenizers` library so many threads in this process; only before it first uses them."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+
+
 def peer_variables(site: Path | None) -> dict[str, str]:
     """This process's environment for another training system, whose modules are looked for in the folder `site` first.
 
@@ -107,6 +123,13 @@ def peer_variables(site: Path | None) -> dict[str, str]:
     python_path = os.pathsep.join(filter(None, [str(site or ""), os.environ.get("PYTHONPATH", "")]))
     allocator = {} if _ALLOCATOR & os.environ.keys() else _EXPANDABLE
     return {**os.environ, **allocator, "PYTHONUNBUFFERED": "1", **({"PYTHONPATH": python_path} if python_path else {})}
+
+
+def helper_variables() -> dict[str, str]:
+    """This process's environment for a helper of its own: one that finds this very package, and no accelerator."""
+    package = str(Path(__file__).parents[2])
+    python_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": python_path, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def cores() -> int:

@@ -5,12 +5,13 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 from paraxis.base.axes import Degrees
 from paraxis.base.config import Setting, describe, flatten, redact, suggestion, to_toml
-from paraxis.base.env import Environment, cores, read_environment
+from paraxis.base.env import Environment, cores, count_gpus_without_cuda, read_environment, worker_threads
 from paraxis.base.errors import ConfigError
 from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
 from paraxis.cli.end_of_run import show_end
@@ -61,7 +62,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(parsed: Arguments, arguments: list[str]) -> int:
+    env = read_environment()
+    if not env.is_worker:
+        count_gpus_without_cuda()
     # Here, so that help does not wait for torch.
+    from paraxis.parallel.world import can_be_copied
     from paraxis.recipes.find import find
     from paraxis.train.check import check
     from paraxis.train.worker import run_worker
@@ -78,18 +83,28 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
     if "print-config" in parsed.flags:
         show(to_toml(config, base).rstrip())
         return 0
-    env = read_environment()
     ranks = choose_ranks(parsed.options.get("ranks"), config.parallel.degrees, env)
     check(config, ranks)
     run_dir = Path(parsed.options.get("run-dir", f"runs/{config.name}"))
     if ranks > 1 and not env.is_worker:
-        if code := launch([sys.executable, "-m", "paraxis", "train", *arguments], ranks):
+        work = partial(_as_worker, arguments) if can_be_copied() else None
+        if code := launch([sys.executable, "-m", "paraxis", "train", *arguments], ranks, work=work):
             return code
     else:
         run_worker(config, base=base, run_dir=run_dir, resume=resume)
     if not env.is_worker:
         show_end(config, run_dir)
     return 0
+
+
+def _as_worker(arguments: list[str]) -> int:
+    """The whole command in a copy of this process that has become a worker."""
+    import torch
+
+    from paraxis.cli import main
+
+    torch.set_num_threads(worker_threads())
+    return main(["train", *arguments])
 
 
 def _laid_out(settings: dict[str, object], layout: str) -> dict[str, object]:

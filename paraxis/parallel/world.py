@@ -5,6 +5,7 @@ import os
 import platform
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ EXCHANGE_TIMEOUT = timedelta(hours=12)  # one rank may tokenise a corpus while t
 def visible_devices() -> int:
     """How many accelerators this process could use: 0 on a machine without any."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def can_be_copied() -> bool:
+    """Whether forked copies of this process can use GPUs: not once the CUDA driver is in it, which asking for devices may have done."""
+    try:
+        return "libcuda.so" not in Path("/proc/self/maps").read_text(errors="replace")
+    except OSError:  # not Linux
+        return False
 
 
 def this_device(local_rank: int) -> Device:

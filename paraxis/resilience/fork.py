@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from paraxis.base.errors import TrainingError
-from paraxis.resilience.launch import die_with
+from paraxis.base.processes import die_with
 
 # After the first failure the other ranks get this long to say what they saw, before they are killed.
 GRACE_S = 0.3

@@ -4,12 +4,12 @@
     worker exits 75 (preempted)    wait for the others, which save and stop too
     worker fails                   SIGTERM to the others, SIGKILL to what is left after a grace; its exit code is ours
     we get SIGINT or SIGTERM       passed on, so that workers save and stop; the second one kills
+    we get SIGUSR1                 passed on, so that workers save and stop: a scheduler's notice, before it sends a SIGTERM
     we are killed                  the kernel kills the workers (Linux)
 
 Ranks meet through a file in a private folder: no port is opened for it, and nobody else can join.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,21 +17,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from paraxis.base.env import worker_variables
+from paraxis.base.env import become_worker, worker_variables
 from paraxis.base.errors import Preempted, TrainingError
+from paraxis.base.processes import die_with
+from paraxis.resilience.forked import STOPS, Forked
 
 GRACE_S = 5.0  # what workers have to leave in once a peer has failed: without it they cannot finish a save
 _POLL_S = 0.05
-_PR_SET_PDEATHSIG = 1
 
-_Worker = subprocess.Popen[bytes]
+_Worker = subprocess.Popen[bytes] | Forked
 
 
-def launch(command: Sequence[str], ranks: int, *, grace_s: float = GRACE_S) -> int:
+def launch(command: Sequence[str], ranks: int, *, work: Callable[[], int] | None = None, grace_s: float = GRACE_S) -> int:
     """Runs `command` as `ranks` workers and returns an exit code: 0, 75 if they were preempted, else that of the worker that failed.
+
+    `work` does the same as `command` in a copy of this process, which then must not have used CUDA; where there are no such copies
+    (this is not Linux), and without it, workers are started afresh.
 
     A death by signal n counts as 128 + n. Rank 0 writes to our stdout, every rank to our stderr. When one worker fails the rest
     fail too, so they leave their last words with us (`leave_words`) and we show those of the worker that was the cause; for
@@ -42,7 +46,7 @@ def launch(command: Sequence[str], ranks: int, *, grace_s: float = GRACE_S) -> i
         workers: list[_Worker] = []
         try:
             for rank in range(ranks):
-                workers.append(_start(command, rank, ranks, store_path))
+                workers.append(_start(command, work, rank, ranks, store_path))
             if first_failed := _wait(workers, received):
                 _signal(workers, signal.SIGTERM)
                 _wait_until(time.monotonic() + grace_s, workers)
@@ -67,7 +71,13 @@ def _words_path(store_path: Path, rank: int) -> Path:
     return store_path.with_name(f"words-{rank}")
 
 
-def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> _Worker:
+def _start(command: Sequence[str], work: Callable[[], int] | None, rank: int, ranks: int, store_path: Path) -> _Worker:
+    ask_to_die = die_with(os.getpid())
+    if work is not None and ask_to_die is not None:
+        worker = Forked(lambda: _as_worker(work, ask_to_die, rank, ranks, store_path))
+        with suppress(OSError):  # it does this itself; whoever comes first, it has its group before we may signal that
+            os.setpgid(worker.pid, worker.pid)
+        return worker
     return subprocess.Popen(
         list(command),
         env=worker_variables(rank, ranks, store_path),
@@ -76,29 +86,27 @@ def _start(command: Sequence[str], rank: int, ranks: int, store_path: Path) -> _
         # In a group of its own, a worker does not get the terminal's Ctrl-C beside the one we pass on,
         # and can be killed together with what it started.
         process_group=0,
-        preexec_fn=die_with(os.getpid()),
+        preexec_fn=ask_to_die,
     )
 
 
-def die_with(launcher: int) -> Callable[[], None] | None:
-    """What a worker does first on Linux: ask the kernel for SIGKILL once the process `launcher` is gone."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)  # before the fork, after which little is safe
-
-    def ask() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it was gone before we asked
-            os._exit(1)
-
-    return ask
+def _as_worker(work: Callable[[], int], ask_to_die: Callable[[], None], rank: int, ranks: int, store_path: Path) -> int:
+    """What a copy of this process does: as one started afresh, with its variables, streams, group and end."""
+    os.setpgid(0, 0)
+    ask_to_die()
+    become_worker(rank, ranks, store_path, gpus=True)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    if rank:
+        os.dup2(nowhere, 1)
+    return work()
 
 
 @contextmanager
 def _received_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of obeying them."""
+    """Collects the signals that ask for a stop instead of obeying them."""
     received: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (*STOPS, signal.SIGUSR1)}
     try:
         yield received
     finally:
@@ -111,10 +119,15 @@ def _wait(workers: list[_Worker], received: list[int]) -> list[int]:
     passed_on = 0
     while not (failed := _failed(workers)) and any(worker.returncode is None for worker in workers):
         for number in received[passed_on:]:
-            _signal(workers, number if passed_on == 0 else signal.SIGKILL)
             passed_on += 1
+            _signal(workers, signal.SIGKILL if number in STOPS and _insisted(received[:passed_on]) else number)
         time.sleep(_POLL_S)
     return failed
+
+
+def _insisted(received: list[int]) -> bool:
+    """Whether a stop was asked for twice; a scheduler's notice does not count, after which the first SIGTERM may come during the save."""
+    return sum(number in STOPS for number in received) > 1
 
 
 def _wait_until(deadline_s: float, workers: list[_Worker]) -> None:
@@ -153,7 +166,7 @@ def _cause(workers: list[_Worker], first_failed: list[int]) -> int:
 def _explain(cause: int, workers: list[_Worker], store_path: Path, received: list[int]) -> int:
     """Says why the workers ended as `cause` did, and returns the exit code for it."""
     code = workers[cause].returncode
-    if received and code in (-received[0], 128 + received[0], -signal.SIGKILL if received[1:] else None):
+    if received and code in (-received[0], 128 + received[0], -signal.SIGKILL if _insisted(received) else None):
         code = -received[0]
         words = f"paraxis: stopped by {signal.Signals(received[0]).name} before the workers had saved"
     elif code < 0:

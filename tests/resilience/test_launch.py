@@ -31,7 +31,7 @@ def save(number, _):
     (folder / f"saved{rank}").write_text(str(number))
     leave_words(Path(os.environ["PARAXIS_STORE"]), rank, "saved")
     sys.exit(75)
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, save)
 (folder / f"ready{rank}").touch()
 """
@@ -154,7 +154,7 @@ def test_a_preempted_rank_lets_the_others_finish(tmp_path: Path):
     assert (tmp_path / "finished").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_passed_on_once_so_that_workers_save(tmp_path: Path, number: int):
     launcher = start_launcher(UNTIL_SIGTERM + SLEEP, 2)
     assert eventually(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)))
@@ -162,6 +162,24 @@ def test_a_signal_is_passed_on_once_so_that_workers_save(tmp_path: Path, number:
     _, err = launcher.communicate(timeout=15)
     assert (launcher.returncode, err) == (75, "saved\n")
     assert [(tmp_path / f"saved{rank}").read_text() for rank in range(2)] == [str(int(number))] * 2
+
+
+def test_the_sigterm_that_follows_a_scheduler_s_notice_does_not_kill(tmp_path: Path):
+    body = """
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, _: (folder / f"got{rank}-{number}").touch())
+(folder / f"ready{rank}").touch()
+while not (folder / f"got{rank}-{int(signal.SIGTERM)}").exists(): time.sleep(0.01)
+time.sleep(0.3)
+sys.exit(75)
+"""
+    launcher = start_launcher(body, 2)
+    assert eventually(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)))
+    launcher.send_signal(signal.SIGUSR1)
+    assert eventually(lambda: all((tmp_path / f"got{rank}-{int(signal.SIGUSR1)}").exists() for rank in range(2)))
+    launcher.send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=15)
+    assert (launcher.returncode, err) == (75, "paraxis: error: rank 0 ended with exit code 75\n")
 
 
 def test_a_second_ctrl_c_kills(tmp_path: Path):
