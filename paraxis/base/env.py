@@ -11,7 +11,8 @@ Four ways to be started, told apart in this order:
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from typing import Literal
 from paraxis.base.errors import ConfigError
 
 _STORE = "PARAXIS_STORE"
+_CACHE = "PARAXIS_CACHE"
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 _EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -115,6 +117,19 @@ def tokenise_with(threads: int) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)
 
 
+@contextmanager
+def private_caches(folder: Path) -> Iterator[None]:
+    """While inside, compiled code and prepared data of this process's children are kept in `folder` instead of the usual places."""
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton"), _CACHE: str(folder / "paraxis")}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def peer_variables(site: Path | None) -> dict[str, str]:
     """This process's environment for another training system, whose modules are looked for in the folder `site` first.
 
@@ -138,7 +153,7 @@ def cores() -> int:
 
 
 def _cache_dir(variables: Mapping[str, str]) -> Path:
-    if own := variables.get("PARAXIS_CACHE"):
+    if own := variables.get(_CACHE):
         return Path(own)
     if shared := variables.get("XDG_CACHE_HOME"):
         return Path(shared) / "paraxis"

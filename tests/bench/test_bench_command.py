@@ -41,6 +41,18 @@ def test_a_benchmark_measures_real_steps_and_records_a_row_that_fails(tmp_path: 
     assert not list((tmp_path / "logs").rglob("*.safetensors"))
 
 
+def test_startup_is_measured_cold_and_warm_in_caches_of_its_own(tmp_path: Path):
+    rows = ("--row", "good:", "--row", "bad: --data.paths=nonesuch")
+    done = paraxis("bench", "startup", "debug", "--runs", "1", *rows, "--logs", "logs", "--json", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    good, bad = json.loads(done.stdout)["rows"]
+    assert min(good["cold_s"], good["warm_s"]) > 0
+    assert good["error"] is None
+    assert bad["error"].startswith("data.paths: no file at ")
+    assert any((tmp_path / "logs/caches-1/paraxis").iterdir())  # what the first run prepared is there for the second
+    assert len((tmp_path / "logs/1-1/run/metrics.jsonl").read_text().splitlines()) == 1
+
+
 def test_help_does_not_wait_for_torch():
     code = "import sys; from paraxis.cli import main; main(['bench', 'step', '--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -55,6 +67,7 @@ def test_help_does_not_wait_for_torch():
         (["step"], "bench step takes one recipe"),
         (["step", "debug", "--steps=5"], "--warmup=5 leaves none of --steps=5 to measure"),
         (["step", "debug", "--runs=0"], "--runs=0 is not a whole number of 1 or more"),
+        (["startup", "debug", "--steps=5"], "--steps is not for bench startup"),
         (["table"], "bench table takes results files, or --into PAGE"),
         (["table", "nonesuch.json"], "cannot read nonesuch.json"),
     ],
