@@ -20,9 +20,9 @@ from torch import Tensor
 
 import paraxis.cli.train
 import paraxis.train.worker
+from paraxis.base.forked import Forked
 from paraxis.checkpoint.load import newest, open_checkpoint
 from paraxis.cli import main
-from paraxis.resilience.forked import Forked
 from tests.worlds import warm_up
 
 ROOT = Path(__file__).parents[1]

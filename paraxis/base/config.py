@@ -243,7 +243,13 @@ def _typed(value: Any, kind: Any) -> object:
     if origin in (Union, UnionType):
         if NoneType in parts and value in (None, NONE):
             return None
-        return _typed(value, next(part for part in parts if part is not NoneType))
+        *others, last = [part for part in parts if part is not NoneType]
+        for part in others:
+            try:
+                return _typed(value, part)
+            except ValueError:
+                continue
+        return _typed(value, last)
     if origin is Literal:
         for choice in parts:
             if str(choice) == str(value):

@@ -1,27 +1,94 @@
 """Which dtypes a run computes, reduces and stores in: one word, the same meaning on every layout."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 
 from paraxis.base.errors import ConfigError
 
+Scaling = Literal["tensorwise", "rowwise", "blockwise"]
+
 
 @dataclass(frozen=True)
 class Precision:
-    """`compute` is what matrix products see, `reduce` what gradients are summed in, `master` what is stored."""
+    """`compute` is what matrix products see, `reduce` what gradients are summed in, `master` what is stored.
+
+    With `scaling`, the linear layers of blocks cast what they see to float8 and scale it so; all else computes in `compute`.
+    """
 
     name: str
     compute: torch.dtype
     reduce: torch.dtype
     master: torch.dtype
+    scaling: Scaling | None = None
 
 
 PRECISIONS = {
     "fp64": Precision("fp64", torch.float64, torch.float64, torch.float64),
     "fp32": Precision("fp32", torch.float32, torch.float32, torch.float32),
     "bf16": Precision("bf16", torch.bfloat16, torch.float32, torch.float32),
+    "float8_tensorwise": Precision("float8_tensorwise", torch.bfloat16, torch.float32, torch.float32, "tensorwise"),
+    "float8_rowwise": Precision("float8_rowwise", torch.bfloat16, torch.float32, torch.float32, "rowwise"),
+    "float8_blockwise": Precision("float8_blockwise", torch.bfloat16, torch.float32, torch.float32, "blockwise"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8Config:
+    """Which linear layers are left out of float8, how its partial sums are kept, and what travels."""
+
+    skip: Annotated[
+        tuple[str, ...], "linear layers that stay in bf16, by name (* for anything): layers.0.* or *.down_proj; head and routers always do"
+    ] = ()
+    fast_sums: Annotated[
+        Literal["auto", "outputs", "all", "none"],
+        "products whose partial sums keep fewer bits, which is faster on Hopper; auto: outputs if tensorwise, all if rowwise",
+    ] = "auto"
+    gather: Annotated[
+        Literal["bf16", "float8"],
+        "what weights are gathered in: bf16, and cast where they are used; or float8 (tensorwise alone), cast once a step before that",
+    ] = "bf16"
+
+
+@dataclass(frozen=True)
+class Float8:
+    """One resolved way to multiply in float8."""
+
+    scaling: Scaling
+    gradient: torch.dtype  # the format of the gradients of outputs; inputs and weights are e4m3
+    fast_output: bool
+    fast_gradients: bool
+    multiple: int  # tokens, input and output features of a product must be multiples of this
+    skip: tuple[str, ...] = ()
+    gathered: bool = False  # weights travel in float8
+
+
+def float8_recipe(dtypes: Precision, config: Float8Config) -> Float8 | None:
+    """How a precision's linear layers multiply in float8; None where they do not. Raises ConfigError for a setting that says nothing."""
+    if dtypes.scaling is None:
+        said = next((name for name, value in vars(config).items() if value != getattr(Float8Config(), name)), None)
+        if said:
+            raise ConfigError(f"float8.{said} says nothing while precision={dtypes.name}; choose a float8 precision, or leave it out")
+        return None
+    if dtypes.scaling == "blockwise" and config.fast_sums != "auto":
+        raise ConfigError(f"float8.fast_sums={config.fast_sums}: products of blocks add up in one way only; leave it out")
+    if dtypes.scaling != "tensorwise" and config.gather == "float8":
+        raise ConfigError(
+            f"float8.gather=float8 sends weights with one scale each, but precision={dtypes.name} has many; "
+            "use precision=float8_tensorwise, or leave it out"
+        )
+    usual = {"tensorwise": "outputs", "rowwise": "all", "blockwise": "none"}[dtypes.scaling]
+    fast = usual if config.fast_sums == "auto" else config.fast_sums
+    return Float8(
+        scaling=dtypes.scaling,
+        gradient=torch.float8_e5m2 if dtypes.scaling == "tensorwise" else torch.float8_e4m3fn,
+        fast_output=fast != "none",
+        fast_gradients=fast == "all",
+        multiple=128 if dtypes.scaling == "blockwise" else 16,
+        skip=config.skip,
+        gathered=config.gather == "float8",
+    )
 
 
 def precision(name: str) -> Precision:
@@ -29,6 +96,14 @@ def precision(name: str) -> Precision:
     if name not in PRECISIONS:
         raise ConfigError(f"precision={name!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
+
+
+def scoring_dtype(name: str) -> torch.dtype:
+    """What a command that only scores or samples computes in. Raises ConfigError for what is of use in training alone."""
+    found = precision(name)
+    if found.scaling is not None:
+        raise ConfigError(f"precision={name} is a way to train; what it trains is scored and sampled in bf16, so use bf16, fp32 or fp64")
+    return found.compute
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ Four ways to be started, told apart in this order:
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,7 +118,7 @@ def tokenise_with(threads: int) -> None:
 
 
 @contextmanager
-def private_caches(folder: Path) -> Iterator[None]:
+def private_caches(folder: Path) -> Generator[None]:
     """While inside, compiled code and prepared data of this process's children are kept in `folder` instead of the usual places."""
     own = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton"), _CACHE: str(folder / "paraxis")}
     before = {name: os.environ.get(name) for name in own}

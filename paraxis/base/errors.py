@@ -50,6 +50,6 @@ class TrainingError(ParaxisError):
 
 
 class Preempted(ParaxisError):
-    """Stopped on request (SIGTERM, Ctrl-C) after its state was saved; the same command continues it."""
+    """Stopped on request (SIGTERM, Ctrl-C, SIGUSR1) after its state was saved; the same command continues it."""
 
     exit_code = 75

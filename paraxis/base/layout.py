@@ -60,7 +60,12 @@ class Whole:
     """This module needs the whole sequence and has no split layer: every rank runs all of it and keeps its part."""
 
 
-LayoutTable = Mapping[str, Split | tuple[Split, ...] | Gather | Partial | Whole]
+@dataclass(frozen=True)
+class Lookup:
+    """This module is given numbers that every rank has, such as positions, and looks each up in whole parameters: ranks keep their part."""
+
+
+LayoutTable = Mapping[str, Split | tuple[Split, ...] | Gather | Partial | Whole | Lookup]
 
 
 @cache
@@ -210,7 +215,7 @@ def parse_layout(text: str) -> dict[str, int | str]:
 IDLE: dict[str, dict[str, int | str | tuple[int, ...]]] = {
     "pp": {"schedule": "auto", "stages_a_rank": 0, "cuts": ()},
     "cp": {"cp_kind": "auto", "cp_ulysses": 0},
-    "tp": {"async_tp": False},
+    "tp": {"async_tp": False, "sequence_parallel": True},
 }
 
 

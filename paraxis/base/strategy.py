@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from paraxis.base.axes import DEGREES, Degrees
-from paraxis.base.dtypes import PRECISIONS, Precision
+from paraxis.base.dtypes import PRECISIONS, Float8, Precision
 from paraxis.base.errors import ConfigError
 from paraxis.base.layout import IDLE
 
@@ -17,7 +17,7 @@ class ParallelConfig:
 
     dp: Annotated[int, "replicas that hold all parameters (replicated data parallelism)"] = 1
     fsdp: Annotated[int, "ways that parameters, gradients and optimizer state are sharded; -1 takes what is left"] = 1
-    tp: Annotated[int, "tensor-parallel ranks, with sequence parallelism and a vocabulary-parallel loss"] = 1
+    tp: Annotated[int, "tensor-parallel ranks, with a vocabulary-parallel loss"] = 1
     pp: Annotated[int, "pipeline ranks, each with some of the layers"] = 1
     cp: Annotated[int, "context-parallel ranks, each with some positions of every row"] = 1
     ep: Annotated[int, "ways that experts are shared out among the fsdp x cp ranks, which it divides"] = 1
@@ -34,6 +34,9 @@ class ParallelConfig:
         "how attention crosses cp: ring, ulysses (all-to-all over heads), usp (both), allgather; auto: ulysses where heads divide",
     ] = "auto"
     cp_ulysses: Annotated[int, "with usp: how many neighbours exchange heads (divides cp); the ring goes across them"] = 0
+    sequence_parallel: Annotated[
+        bool, "with tp: activations outside attention and feed-forward are cut along the sequence; false keeps all on every rank"
+    ] = True
     async_tp: Annotated[bool, "with tp: activations travel between ranks while others of them are being multiplied"] = False
     reshard: Annotated[
         Literal["auto", "always", "never"],
@@ -59,6 +62,11 @@ class ParallelConfig:
         if self.cp_ulysses and self.cp % self.cp_ulysses:
             raise ConfigError(f"parallel.cp_ulysses={self.cp_ulysses} does not divide parallel.cp={self.cp}; choose one that does")
         self._refuse_idle_settings()
+        if self.async_tp and not self.sequence_parallel:
+            raise ConfigError(
+                "parallel.async_tp=True sends the parts of a cut sequence, but parallel.sequence_parallel=False keeps it whole; "
+                "leave one of them out"
+            )
 
     def _refuse_idle_settings(self) -> None:
         """An explicit request is met or refused: settings of an axis that is not used are a mistake."""
@@ -79,12 +87,21 @@ class RematConfig:
     """Which activations are recomputed in backward instead of kept (activation checkpointing)."""
 
     mode: Annotated[
-        Literal["none", "selective", "full"],
-        "none keeps all; selective keeps matrix products and attention, and recomputes what is cheap; full keeps only block inputs",
+        Literal["none", "selective", "full", "budget", "auto"],
+        "none keeps all; selective keeps matrix products and attention, and recomputes what is cheap; full keeps only block inputs; budget "
+        "keeps what fits in remat.budget and saves most time; auto keeps all where it fits, else as budget",
     ] = "none"
-    every: Annotated[int, "apply it to every n-th block"] = 1
+    budget: Annotated[
+        Literal["auto"] | float, "GiB of activations that a rank may keep for backward, with mode=budget; auto: what the device has left"
+    ] = "auto"
+    every: Annotated[int, "with mode=selective or full: apply it to every n-th block"] = 1
 
     def __post_init__(self) -> None:
+        if self.budget != "auto" and (self.mode != "budget" or not self.budget > 0):
+            wrong = "must be more than 0" if self.mode == "budget" else f"is read by remat.mode=budget, not {self.mode}; leave one out"
+            raise ConfigError(f"remat.budget={self.budget} {wrong}")
+        if self.every > 1 and self.mode in ("none", "budget", "auto"):
+            raise ConfigError(f"remat.every={self.every} is read by remat.mode=selective and full, not {self.mode}; leave one of them out")
         if self.every < 1:
             raise ConfigError(f"remat.every={self.every} must be 1 or more; 2 means every second block")
 
@@ -98,8 +115,10 @@ class Strategy:
 
     degrees: Degrees
     precision: Precision = field(default_factory=lambda: PRECISIONS["bf16"])
+    float8: Float8 | None = None
     remat: RematConfig = field(default_factory=RematConfig)
     compile: CompileMode = "none"
+    sequence_parallel: bool = True
     async_tp: bool = False
     reshard: bool = True
     reduce_each_micro_batch: bool = False

@@ -10,7 +10,7 @@ from torch import Tensor
 from paraxis.base.device import Device
 from paraxis.base.dtypes import precision
 from paraxis.base.errors import ConfigError
-from paraxis.bench.timing import median_s
+from paraxis.observe.stopwatch import median_s
 from paraxis.ops.attention import BACKENDS, choose_attention
 from paraxis.train.config import RunConfig
 

@@ -1,4 +1,4 @@
-"""What the data cost on their own: rows out of prepared shards, by one reader; and text into shards, beside the bare tokenizer."""
+"""What the data cost on their own: rows out of prepared shards, by one reader; and text into tokens, beside the bare tokenizer."""
 
 import shutil
 import time
@@ -7,16 +7,22 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
+
+import tokenizers
 
 from paraxis.base.seams import Rows
 from paraxis.bench.rows import Measured, Row
 from paraxis.data.config import DataConfig
+from paraxis.data.crew import Crew, Maker
 from paraxis.data.documents import BadRecords, Reading, pieces
 from paraxis.data.loader import Loader
 from paraxis.data.mixture import Change, MixtureRows
 from paraxis.data.open import open_training
+from paraxis.data.part import Part
+from paraxis.data.pools import ChunkMaker, chunks_of
 from paraxis.data.prepare import load_tokenizer, parts_of, prepare
-from paraxis.data.shards import token_dtype
+from paraxis.data.shards import read_meta, token_dtype
 from paraxis.data.sources import expand
 from paraxis.data.tokens import Tokenizer
 
@@ -60,7 +66,7 @@ class Tokenising:
     def measure(self, folder: Path, rounds: int) -> Measured:
         """Tokenises all of the text, `rounds` times."""
         started_s, rates = time.perf_counter(), []
-        texts = [] if self.processes else self._texts()
+        texts = [] if self.processes else self.texts()
         for _ in range(rounds):
             since_s = time.perf_counter()
             tokens = self._make(folder / "shards") if self.processes else self._encode(texts)
@@ -71,7 +77,8 @@ class Tokenising:
     def _make(self, cache: Path) -> int:
         return prepare(self.config, cache, tokenizer=self.tokenizer, processes=self.processes).tokens
 
-    def _texts(self) -> list[str]:
+    def texts(self) -> list[str]:
+        """The text in pieces, as it is given to the tokenizer."""
         bad, reading = BadRecords(self.config.on_bad_record), Reading(self.config.text_field, self.config.template)
         return [piece.text for source in expand(self.config.plain_paths) for piece in pieces(source, reading, bad)]
 
@@ -79,6 +86,60 @@ class Tokenising:
         dtype = token_dtype(self.tokenizer.vocab_size)
         batches = (texts[first : first + BATCH_TEXTS] for first in range(0, len(texts), BATCH_TEXTS))
         return sum(len(ids) for batch in batches for ids in self.tokenizer.encode_batch(batch, dtype))
+
+
+@dataclass
+class Bare:
+    """The bare tokenizer on texts that are in memory, by one of its functions. A job is to encode them all; it tells the tokens."""
+
+    texts: Sequence[str]
+    tokenizer: Tokenizer
+    function: str
+
+    def __call__(self, job: int) -> int:
+        inner = tokenizers.Tokenizer.from_buffer(self.tokenizer.files["tokenizer.json"])
+        batches = (self.texts[first : first + BATCH_TEXTS] for first in range(0, len(self.texts), BATCH_TEXTS))
+        return sum(len(encoding.ids) for batch in batches for encoding in getattr(inner, self.function)(batch, add_special_tokens=False))
+
+
+@dataclass
+class Repeated:
+    """Makes chunks as live tokenising does, again and again. A job is a number counted over all rounds; it tells the chunk's folder."""
+
+    folder: Path
+    parts: Sequence[Part]
+
+    def __call__(self, job: int) -> Path:
+        turn, number = divmod(job, len(self.parts))
+        return ChunkMaker(self.folder / f"{turn}", self.parts)(number)
+
+
+@dataclass(frozen=True)
+class Background:
+    """A row of work in processes beside the one that trains, each of one thread. `make` is given an empty folder to work in."""
+
+    row: Row
+    make: Callable[[Path], Maker]
+    jobs: int  # in a round
+    processes: int
+    tokens: Callable[[Any], int]  # in what a job returns
+
+    def measure(self, folder: Path, rounds: int) -> Measured:
+        """Does all jobs `rounds` times, without a pause between; what starts the processes is not counted."""
+        started_s, rates = time.perf_counter(), []
+        with closing(Crew(self.make(folder), self.processes)) as crew:
+            # As many as there are processes, so that all have started.
+            for wait in (crew.ask, crew.get):
+                for job in range(self.processes):
+                    wait(job)
+            jobs = [range(first, first + self.jobs) for first in range(self.processes, self.processes + rounds * self.jobs, self.jobs)]
+            for job in (job for round in jobs for job in round):
+                crew.ask(job)
+            for round in jobs:
+                since_s = time.perf_counter()
+                tokens = sum(self.tokens(crew.get(job)) for job in round)
+                rates.append(tokens / (time.perf_counter() - since_s))
+        return _measured(rates, f"processes: {self.processes}", time.perf_counter() - started_s)
 
 
 def readers(config: DataConfig, cache: Path) -> list[Reader]:
@@ -97,13 +158,39 @@ def readers(config: DataConfig, cache: Path) -> list[Reader]:
     return found
 
 
-def tokenisers(config: DataConfig, cache: Path, processes: int) -> list[Tokenising]:
-    """The bare tokenizer, and shards made by one process and by at most `processes`: no more than the data have parts."""
+def tokenisers(config: DataConfig, cache: Path, processes: int) -> list[Tokenising | Background]:
+    """The bare tokenizer on all cores and on one; shards made ahead by one process and by at most `processes`, no more than the data
+    have parts; and chunks made live by one process and by two or `processes`, each of one thread.
+    """
     plain = replace(config, paths=config.plain_paths, mixture=())
     tokenizer = load_tokenizer(plain, cache)
     numbers = sorted({1, min(processes, len(parts_of(expand(plain.paths))))})
-    bare = Tokenising(_row("tokenizers", "encode_batch", "tokenising", config), plain, tokenizer, 0)
-    return [bare, *(Tokenising(_row("paraxis", "text to shards", "tokenising", config), plain, tokenizer, number) for number in numbers)]
+    bare = Tokenising(_row("tokenizers", "encode_batch_fast", "tokenising", config), plain, tokenizer, 0)
+    ahead = [Tokenising(_row("paraxis", "text to shards", "tokenising", config), plain, tokenizer, number) for number in numbers]
+    texts = bare.texts()
+    alone = [
+        Background(
+            row=_row("tokenizers", f"{function}, one thread", "tokenising", config),
+            make=lambda folder, function=function: Bare(texts, tokenizer, function),
+            jobs=1,
+            processes=1,
+            tokens=int,
+        )
+        for function in ("encode_batch", "encode_batch_fast")
+    ]
+    return [bare, *alone, *ahead, *(_live(config, plain, tokenizer, number) for number in sorted({1, max(2, processes)}))]
+
+
+def _live(config: DataConfig, plain: DataConfig, tokenizer: Tokenizer, processes: int) -> Background:
+    """Chunks of the text, over and over, as live tokenising makes them."""
+    chunks = chunks_of(expand(plain.paths))
+    return Background(
+        row=_row("paraxis", "live", "tokenising", config),
+        make=lambda folder: Repeated(folder, [Part(chunk, plain, tokenizer) for chunk in chunks]),
+        jobs=len(chunks),
+        processes=processes,
+        tokens=lambda folder: read_meta(folder)["tokens"],
+    )
 
 
 def _row(system: str, name: str, work: str, config: DataConfig) -> Row:

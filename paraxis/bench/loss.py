@@ -11,8 +11,8 @@ from torch import Tensor
 from paraxis.base.device import Device
 from paraxis.base.dtypes import precision
 from paraxis.base.errors import ConfigError
-from paraxis.bench.timing import median_s
 from paraxis.observe.memory import GIB
+from paraxis.observe.stopwatch import median_s
 from paraxis.ops.loss import chunked_head_loss, reference_head_loss
 from paraxis.train.config import RunConfig
 

@@ -72,27 +72,11 @@ COLUMNS: dict[str, Callable[[Record, Sequence[Record]], str]] = {
     "to step 1, s": _known("first_step_s", ".1f"),
 }
 
-# The same for what `paraxis bench checkpoint` leaves.
-CHECKPOINT_COLUMNS: dict[str, Callable[[Record, Sequence[Record]], str]] = {
-    "system": lambda row, rows: row["system"],
-    "row": lambda row, rows: row["name"],
-    "ranks": lambda row, rows: str(row["ranks"]),
-    "state, GiB": _known("gib", ".3g"),
-    "save, s": _known("save_s", ".3f"),
-    "min - max": lambda row, rows: f"{row['save_s_min']:.3f} - {row['save_s_max']:.3f}",
-    "GiB/s": _known("save_gib_per_s", ".2f"),
-    "stall, s": _known("stall_s", ".3f"),
-    "of the sync save": _known("stall_share", ".1%"),
-    "load, s": _known("load_s", ".3f"),
-    "load GiB/s": _known("load_gib_per_s", ".2f"),
-}
-
 
 def cells(rows: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """The titles of the columns that have something to say, and the text of each row's."""
     if any("tokens_per_s" in row for row in rows):
-        columns = CHECKPOINT_COLUMNS if rows and "save_s" in rows[0] else COLUMNS
-    filled = {title: [show(row, rows) for row in rows] for title, show in columns.items()}
+        filled = {title: [show(row, rows) for row in rows] for title, show in COLUMNS.items()}
     else:
         keys = dict.fromkeys(key for row in rows for key in row if key != "error")
         filled = {key.replace("_", " "): [said(row.get(key)) for row in rows] for key in keys}

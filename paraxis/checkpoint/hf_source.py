@@ -6,9 +6,10 @@ factor for each block of `weight_block_size` entries; blocks at the lower and ri
 
 import json
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +32,22 @@ _QUANTISED = torch.float8_e4m3fn
 Stored = tuple[tuple[int, ...], torch.dtype]
 
 
+class ForeignWeights(Protocol):
+    """Tensors that others wrote, by the names they gave them."""
+
+    @property
+    def source(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Shape and dtype of each."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`, on CPU."""
+        ...
+
+
 class HuggingFaceWeights:
     """The tensors of a Hugging Face folder (single file or sharded with an index) or of one safetensors file, by their own names.
 
@@ -49,9 +66,13 @@ class HuggingFaceWeights:
         file = self.source / CONFIG
         return parse_config(file.read_bytes(), self.source) if file.is_file() else {}
 
-    @cached_property
-    def tensors(self) -> dict[str, Stored]:
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
         """Shape and dtype of every tensor but those `left_out`. One that is quantised counts as bf16, and its scales are not listed."""
+        return self._tensors
+
+    @cached_property
+    def _tensors(self) -> dict[str, Stored]:
         left_out = {name for names in self._beyond_the_last_layer().values() for name in names}
         stored = {name: self._stored(name) for name in self._where if name not in left_out}
         if self._block is None:
@@ -161,7 +182,7 @@ def dequantised(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor
     return weight.to(torch.float32).mul_(scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns])
 
 
-def parse_config(data: bytes, place: Path) -> dict[str, Any]:
+def parse_config(data: bytes, place: object) -> dict[str, Any]:
     """What the config.json of the weights at `place` says. Raises CheckpointError where it says nothing that can be read."""
     try:
         value = json.loads(data)

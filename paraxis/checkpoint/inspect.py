@@ -1,12 +1,17 @@
-"""What stands in a checkpoints folder, for people: everything that its names and manifests say, without reading the tensors."""
+"""What stands in a place for checkpoints, for people: everything that its names and manifests say, without reading the tensors."""
 
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from paraxis.base.errors import CheckpointError
-from paraxis.checkpoint.load import newest, open_checkpoint
+from paraxis.checkpoint.load import Checkpoint, newest, open_checkpoint
+from paraxis.checkpoint.local_store import looks_like_checkpoint
 from paraxis.checkpoint.manifest import MANIFEST
-from paraxis.checkpoint.store import complete_folders, draft_folders, looks_like_checkpoint, read_latest, step_in_name
+from paraxis.checkpoint.place import Location, Url, checkpoints_of, location, step_in_name
+from paraxis.checkpoint.store import Store, open_files, open_store
+
+CONFIG = "config.toml"  # of a run's folder
 
 
 @dataclass(frozen=True)
@@ -16,9 +21,9 @@ class Listed:
     `problem` is empty for a complete checkpoint; generation, layout and tensors are unknown where there is one.
     """
 
-    path: Path
+    path: Location
     step: int
-    saved_s: float
+    saved_s: float | None
     size_bytes: int
     latest: bool
     generation: int | None = None
@@ -27,61 +32,115 @@ class Listed:
     problem: str = ""
 
 
-def checkpoints_folder(path: Path) -> Path:
-    """The folder with the checkpoints of a run's folder, or `path` where it is that folder itself. Raises CheckpointError for others."""
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}; give a run's folder, such as runs/NAME, or the folder with its checkpoints")
-    for folder in (path / "checkpoints", path):
-        if complete_folders(folder) or draft_folders(folder):
+def checkpoints_folder(path: str | Location) -> Location:
+    """Where the checkpoints are of a run's folder, or `path` where that is the place itself. Raises CheckpointError for others.
+
+    A run's folder is one with its checkpoints in it, or whose configuration says that they are elsewhere.
+    """
+    where = location(path)
+    if isinstance(where, Path) and not where.is_dir():
+        what = "is a file" if where.exists() else "does not exist"
+        raise CheckpointError(f"{where} {what}; give a run's folder, such as runs/NAME, or the folder with its checkpoints")
+    for folder in candidate_folders(where):
+        store = open_store(folder)
+        if store.complete() or store.unfinished():
             return folder
-    raise CheckpointError(f"{path} holds no checkpoint; give a run's folder, such as runs/NAME, or the folder with its checkpoints")
+    raise CheckpointError(f"{where} holds no checkpoint; give a run's folder, such as runs/NAME, or the folder with its checkpoints")
 
 
-def checkpoints_at(path: Path) -> list[Path]:
+def candidate_folders(where: Location) -> list[Location]:
+    """Where checkpoints may be if `where` is a run's folder or a place for checkpoints, the likeliest first."""
+    return [where / "checkpoints", where, *_elsewhere(where)]
+
+
+def checkpoints_at(path: str | Location) -> list[Location]:
     """The checkpoint at `path`, or else every one in that folder of a run, by step. Raises CheckpointError where there is none."""
-    if (path / MANIFEST).exists() or looks_like_checkpoint(path):
-        return [path]
-    folder = checkpoints_folder(path)
-    if not (found := complete_folders(folder)):
+    where = location(path)
+    if is_checkpoint(where):
+        return [where]
+    folder = checkpoints_folder(where)
+    if not (found := open_store(folder).complete()):
         raise CheckpointError(f"{folder} holds no complete checkpoint, only what was being written")
-    return sorted(found, key=lambda one: (step_in_name(one.name), one.name))
+    return [folder / name for name in sorted(found, key=lambda name: (step_in_name(name), name))]
 
 
-def newest_at(path: Path) -> Path:
+def newest_at(path: str | Location) -> Location:
     """The checkpoint at `path`, or else the newest in that folder of a run. Raises CheckpointError where there is none."""
-    if (path / MANIFEST).exists() or looks_like_checkpoint(path):
-        return path
-    if (found := newest(folder := checkpoints_folder(path))) is None:
+    where = location(path)
+    if is_checkpoint(where):
+        return where
+    if (found := newest(folder := checkpoints_folder(where))) is None:
         raise CheckpointError(f"{folder} holds no complete checkpoint; `paraxis ckpt ls {folder}` says what is there")
     return found
 
 
-def listed(folder: Path) -> list[Listed]:
+def is_checkpoint(where: Location) -> bool:
+    """Whether a checkpoint is at `where` itself; it may be damaged."""
+    return open_files(where).has(MANIFEST) or (isinstance(where, Path) and looks_like_checkpoint(where))
+
+
+def checkpoint_in(path: Location) -> Checkpoint | None:
+    """The checkpoint of ours that `path` stands for, or None where it holds Hugging Face weights instead."""
+    if isinstance(path, Path) and not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}; give a checkpoint such as runs/NAME/checkpoints/step-100, a run's folder, or a Hugging Face folder"
+        )
+    if open_files(path).has(MANIFEST):
+        return open_checkpoint(path)
+    for folder in candidate_folders(path):
+        if (found := newest(folder)) is not None:
+            return open_checkpoint(found)
+    if isinstance(path, Url):
+        raise CheckpointError(f"{path} holds no complete paraxis checkpoint; `paraxis ckpt ls {path}` says what is there")
+    if any(file.name.startswith(("config.json", "model.", "model-", "pytorch_model")) for file in path.iterdir()):
+        return None
+    raise CheckpointError(
+        f"{path} holds neither a complete paraxis checkpoint ({MANIFEST}) nor a Hugging Face model (config.json, model.safetensors); "
+        "give a checkpoint such as runs/NAME/checkpoints/step-100, a run's folder, or a Hugging Face folder"
+    )
+
+
+def listed(folder: str | Location) -> list[Listed]:
     """Everything in a checkpoints folder by step, drafts too. Damage is noticed as far as manifests and the files' sizes tell."""
-    latest = read_latest(folder)
-    complete = [_complete(path, latest) for path in complete_folders(folder)]
-    drafts = [_entry(path, latest, problem="unfinished: it is being written, or its save died") for path in draft_folders(folder)]
+    store = open_store(folder)
+    latest = store.latest()
+    complete = [_complete(store, name, latest) for name in store.complete()]
+    unfinished = "unfinished: it is being written, or its save died"
+    drafts = [_entry(store, name, latest, problem=unfinished) for name in store.unfinished()]
     return sorted(complete + drafts, key=lambda entry: (entry.step, entry.path.name))
 
 
-def _complete(path: Path, latest: str) -> Listed:
+def _complete(store: Store, name: str, latest: str) -> Listed:
     try:
-        manifest = open_checkpoint(path).manifest
+        manifest = open_checkpoint(store.place / name).manifest
     except CheckpointError as error:
-        return _entry(path, latest, problem=f"damaged: {error}")
-    return _entry(path, latest, generation=manifest.generation, layout=manifest.layout, tensors=len(manifest.tensors))
+        return _entry(store, name, latest, problem=f"damaged: {error}")
+    return _entry(store, name, latest, generation=manifest.generation, layout=manifest.layout, tensors=len(manifest.tensors))
 
 
 def _entry(
-    path: Path, latest: str, *, generation: int | None = None, layout: str | None = None, tensors: int | None = None, problem: str = ""
+    store: Store,
+    name: str,
+    latest: str,
+    *,
+    generation: int | None = None,
+    layout: str | None = None,
+    tensors: int | None = None,
+    problem: str = "",
 ) -> Listed:
-    """The entry of `path`, which another process may be writing to or removing meanwhile."""
-    manifest = path / MANIFEST  # written last
-    files = [file for file in path.rglob("*") if file.is_file()]
+    """The entry of a checkpoint, which another process may be writing or removing meanwhile."""
+    files = store.files(name)
+    size = sum(files.listing().values())
+    return Listed(files.path, step_in_name(name), files.saved_s(), size, name == latest, generation, layout, tensors, problem)
+
+
+def _elsewhere(where: Location) -> list[Location]:
+    """Where the configuration in a run's folder says that its checkpoints are, if it says so."""
+    if not isinstance(where, Path) or not (where / CONFIG).is_file():
+        return []
     try:
-        saved_s = (manifest if manifest.is_file() else path).stat().st_mtime
-        size = sum(file.lstat().st_size for file in files)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; if a run is at work there, try again") from error
-    return Listed(path, step_in_name(path.name), saved_s, size, path.name == latest, generation, layout, tensors, problem)
+        folder = tomllib.loads((where / CONFIG).read_text(encoding="utf-8")).get("checkpoint", {}).get("folder", "")
+    except (OSError, ValueError, AttributeError):
+        return []  # for `train` to complain of; here it is a folder without checkpoints
+    return [checkpoints_of(folder, where)] if isinstance(folder, str) and folder else []

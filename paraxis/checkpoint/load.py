@@ -4,35 +4,40 @@ import hashlib
 import logging
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paraxis.base.env import cores
 from paraxis.base.errors import CheckpointError
 from paraxis.base.layout import Box, whole_box
 from paraxis.checkpoint.manifest import CHUNK_BYTES, MANIFEST, Manifest, StoredFile, StoredPiece, StoredTensor
-from paraxis.checkpoint.store import complete_folders, read_range, size_of
+from paraxis.checkpoint.place import Location
+from paraxis.checkpoint.store import Files, complete_folders, open_files
 from paraxis.checkpoint.tensor_file import DTYPES, HEADER_LIMIT_BYTES, Located, parse_header
 
 MANIFEST_LIMIT_BYTES = 2**30
 SPAN_BYTES = 64 * 2**20  # how much of a file is held at a time while a box is read
 
+_READERS = 4
 _KEPT_CHUNKS = 4  # neighbours in a file are read one after another, often from the same chunk
 
 _log = logging.getLogger(__name__)
 
 
-def newest(folder: Path, warn: Callable[[str], None] = _log.warning) -> Path | None:
+def newest(folder: str | Location, warn: Callable[[str], None] = _log.warning) -> Location | None:
     """The checkpoint in `folder` that was committed last, or None. `warn` is told of each damaged one that was passed over."""
     return next((checkpoint.path for checkpoint in committed(folder, warn)), None)
 
 
-def committed(folder: Path, warn: Callable[[str], None] = _log.warning) -> list["Checkpoint"]:
+def committed(folder: str | Location, warn: Callable[[str], None] = _log.warning) -> list["Checkpoint"]:
     """The checkpoints in `folder` whose manifest is whole and whose files are all there, newest first.
 
+    A store that does not answer raises StorageError: a checkpoint there is not damaged, and an older one must not take its place.
     What is inside the files is compared when it is read: a caller that then meets a CheckpointError goes on to the next one.
     """
     found = []
@@ -44,48 +49,53 @@ def committed(folder: Path, warn: Callable[[str], None] = _log.warning) -> list[
     return sorted(found, key=lambda checkpoint: checkpoint.manifest.generation, reverse=True)
 
 
-def open_checkpoint(path: Path) -> "Checkpoint":
-    """The checkpoint in the folder `path`. Raises CheckpointError where it is missing, foreign, or visibly damaged."""
-    manifest = read_manifest(path)
+def open_checkpoint(path: str | Location) -> "Checkpoint":
+    """The checkpoint at `path`. Raises CheckpointError where it is missing, foreign, or visibly damaged."""
+    files = open_files(path)
+    manifest = read_manifest(files)
     for name, stored in manifest.files.items():
-        check_size(path, name, stored)
-    return Checkpoint(path, manifest)
+        check_size(files, name, stored)
+    return Checkpoint(files, manifest)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint in the folder `path`. Raises CheckpointError where it is missing, foreign or damaged."""
-    file = path / MANIFEST
-    if not file.is_file():
+def read_manifest(files: Files) -> Manifest:
+    """The manifest of a checkpoint. Raises CheckpointError where it is missing, foreign or damaged."""
+    file = files.path / MANIFEST
+    if not files.has(MANIFEST):
         raise CheckpointError(
-            f"{path} has no {MANIFEST}, so it is not a complete paraxis checkpoint; give a folder such as RUN_DIR/checkpoints/step-100. "
+            f"{files.path} has no {MANIFEST}, so it is not a complete paraxis checkpoint; "
+            f"give a folder such as RUN_DIR/checkpoints/step-100. "
             f"Weights from elsewhere come in with `paraxis convert import`; pickled ones are never opened"
         )
-    size = size_of(file, path)
+    size = files.size(MANIFEST)
     if size > MANIFEST_LIMIT_BYTES:
         raise CheckpointError(f"{file} has {size} bytes, more than any manifest should ({MANIFEST_LIMIT_BYTES})")
     try:
-        return Manifest.from_bytes(read_range(file, 0, size))
+        return Manifest.from_bytes(files.read_range(MANIFEST, 0, size))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def check_size(path: Path, name: str, stored: StoredFile) -> None:
-    """Raises CheckpointError where the file `name` of the checkpoint at `path` is missing, no file, or of another length."""
-    if (size := size_of(path / name, path)) != stored.size_bytes:
-        raise CheckpointError(f"{path / name} has {size} bytes, but {stored.size_bytes} were written; it was damaged or exchanged")
+def check_size(files: Files, name: str, stored: StoredFile) -> None:
+    """Raises CheckpointError where the file `name` of a checkpoint is missing, no file, or of another length."""
+    if (size := files.size(name)) != stored.size_bytes:
+        raise CheckpointError(f"{files.path / name} has {size} bytes, but {stored.size_bytes} were written; it was damaged or exchanged")
 
 
 class Checkpoint:
-    """A checkpoint whose files are all there. Open one with `open_checkpoint`.
+    """A checkpoint whose files are all there. Open one with `open_checkpoint`; it serves one thread.
 
     Reading raises CheckpointError, with the file's name and the tensor's, where bytes are not those that were written.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, files: Files, manifest: Manifest) -> None:
+        self.path = files.path
         self.manifest = manifest
+        self._files = files
         self._headers: dict[str, dict[str, Located]] = {}
         self._chunks: dict[tuple[str, int], bytes] = {}
+        self._scratch = bytearray()
+        self._pool = ThreadPoolExecutor(min(_READERS, cores()))  # without a thread until it is used
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -157,31 +167,39 @@ class Checkpoint:
             length = struct.unpack("<Q", self._span(file, 0, min(8, size), ""))[0]
             if length > min(HEADER_LIMIT_BYTES, size - 8):
                 raise ValueError(f"its header claims {length} bytes")
-            return parse_header(self._span(file, 8, 8 + length, ""), size)
+            return parse_header(bytes(self._span(file, 8, 8 + length, "")), size)
         except (ValueError, struct.error) as error:
             raise CheckpointError(f"{self.path / file} is not a safetensors file: {error}") from error
 
-    def _span(self, file: str, begin: int, end: int, tensor: str) -> bytearray:
-        """Bytes `begin` to `end` of `file`, verified; `tensor` is whom an error says they are for."""
-        parts = []
-        for index in range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)):
+    def _span(self, file: str, begin: int, end: int, tensor: str) -> memoryview:
+        """Bytes `begin` to `end` of `file`, verified, until the next call; `tensor` is whom an error says they are for."""
+        if len(self._scratch) < end - begin:
+            self._scratch = bytearray(end - begin)  # kept, since new memory costs as much as hashing does
+        span = memoryview(self._scratch)[: end - begin]
+        indices = range(begin // CHUNK_BYTES, -(-end // CHUNK_BYTES))
+        missing = [index for index in indices if (file, index) not in self._chunks]
+        # Hashing lets other threads run, and what is far away is waited for by all of them at once.
+        fetch = partial(self._fetch, file, tensor)
+        fetched = dict(zip(missing, self._pool.map(fetch, missing) if len(missing) > 1 else map(fetch, missing), strict=True))
+        for index in indices:
             start = index * CHUNK_BYTES
-            parts.append(memoryview(self._chunk(file, index, tensor))[max(begin - start, 0) : end - start])
-        return bytearray().join(parts)
+            chunk = fetched[index] if index in fetched else self._chunks[file, index]
+            part = memoryview(chunk)[max(begin - start, 0) : end - start]
+            span[max(start - begin, 0) :][: len(part)] = part
+        for index, chunk in fetched.items():
+            self._chunks[file, index] = chunk
+        while len(self._chunks) > _KEPT_CHUNKS:
+            del self._chunks[next(iter(self._chunks))]
+        return span
 
-    def _chunk(self, file: str, index: int, tensor: str) -> bytes:
-        if (file, index) in self._chunks:
-            return self._chunks[file, index]
+    def _fetch(self, file: str, tensor: str, index: int) -> bytes:
         stored = self.manifest.files[file]
         start = index * CHUNK_BYTES
-        data = read_range(self.path / file, start, min(CHUNK_BYTES, stored.size_bytes - start))
+        data = self._files.read_range(file, start, min(CHUNK_BYTES, stored.size_bytes - start))
         if hashlib.sha256(data).hexdigest() != stored.chunks[index]:
             raise CheckpointError(
                 f"{self.path / file} is damaged: bytes {start} to {start + len(data)} do not match their SHA-256"
                 + (f" (read for tensor {tensor})" if tensor else "")
                 + "; restore the file from a copy, or go back to an older step"
             )
-        while len(self._chunks) >= _KEPT_CHUNKS:
-            del self._chunks[next(iter(self._chunks))]
-        self._chunks[file, index] = data
         return data

@@ -5,7 +5,6 @@ Reading does not need it: any layout reads any checkpoint. It pays where many ra
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from zlib import crc32
 
 from torch import Tensor
@@ -14,17 +13,19 @@ from paraxis.base.errors import CheckpointError
 from paraxis.base.layout import Box, whole_box
 from paraxis.checkpoint.load import Checkpoint
 from paraxis.checkpoint.manifest import files_beside
+from paraxis.checkpoint.place import Location
 from paraxis.checkpoint.save import Part, save_shares
+from paraxis.checkpoint.store import open_store
 from paraxis.checkpoint.tensor_file import DTYPES
 
 
-def reshard(source: Checkpoint, destination: Path, ranks: int, progress: Callable[[int, int], None]) -> Path:
+def reshard(source: Checkpoint, destination: str | Location, ranks: int, progress: Callable[[int, int], None]) -> Location:
     """Writes what `source` holds as `destination/step-N` and returns that path; rank r of `ranks` fully sharded ones reads rank-r-*.
 
     One part is in memory at a time; `progress` is told how many bytes of tensors were read, and of how many. Raises CheckpointError
     where `source` is damaged or `destination` holds something, StorageError where that cannot be written.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if not open_store(destination).is_empty():
         raise CheckpointError(f"{destination} exists and is not an empty folder; name a new one")
     for name, stored in source.tensors.items():
         if stored.dtype not in DTYPES:

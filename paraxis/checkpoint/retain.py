@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from paraxis.base.errors import CheckpointError, StorageError
 from paraxis.checkpoint.config import KEEP_LEAST
 from paraxis.checkpoint.load import committed
-from paraxis.checkpoint.store import complete_folders, remove
+from paraxis.checkpoint.place import Location
+from paraxis.checkpoint.store import open_store
 from paraxis.checkpoint.verify import no_progress, verify
 
 HELD_OUT = "held_out"  # where a checkpoint's meta has the loss at its step
@@ -78,15 +78,16 @@ def unwanted(candidates: Sequence[Candidate], keep: Keep) -> list[Candidate]:
     return [one for one in candidates if one.name not in wanted]
 
 
-def prune(folder: Path, keep: Keep, *, dry_run: bool = False, progress: Callable[[str, int, int], None] | None = None) -> Pruned:
+def prune(folder: str | Location, keep: Keep, *, dry_run: bool = False, progress: Callable[[str, int, int], None] | None = None) -> Pruned:
     """Removes what `keep` does not ask for from the checkpoints folder `folder`; with `dry_run`, only says what that is.
 
     The newest two of which every byte verifies stay whatever `keep` says, and so do damaged ones, for a person to look at. Drafts
     are not touched. Nobody else may write to the folder meanwhile. `progress` is told the name of what is read, and bytes. Raises
     CheckpointError, with everything still there, where fewer than two verify; StorageError where one cannot be removed.
     """
+    store = open_store(folder)
     whole = committed(folder, lambda _: None)
-    damaged = {path.name for path in complete_folders(folder)} - {checkpoint.path.name for checkpoint in whole}
+    damaged = set(store.complete()) - {checkpoint.path.name for checkpoint in whole}
     names = [checkpoint.path.name for checkpoint in whole]
     candidates = [candidate(one.path.name, one.manifest.step, one.meta) for one in whole]
     doomed = {one.name for one in unwanted(candidates, keep)}
@@ -94,7 +95,7 @@ def prune(folder: Path, keep: Keep, *, dry_run: bool = False, progress: Callable
     for name in names if doomed else ():
         if len(verified) < KEEP_LEAST:
             report = partial(progress, name) if progress is not None else no_progress
-            if verify(folder / name, report).damage:
+            if verify(store.place / name, report).damage:
                 damaged.add(name)
             else:
                 verified.append(name)
@@ -106,8 +107,9 @@ def prune(folder: Path, keep: Keep, *, dry_run: bool = False, progress: Callable
     removed = [name for name in names if name in doomed - damaged - set(verified)]
     for name in () if dry_run else reversed(removed):
         try:
-            remove(folder / name)
+            store.remove(name)
         except OSError as error:
-            raise StorageError(f"{folder / name} cannot be removed: {error.strerror}; see that {folder} can be written") from error
+            why = error.strerror or error
+            raise StorageError(f"{store.place / name} cannot be removed: {why}; see that {folder} can be written") from error
     kept = tuple(name for name in names if name not in removed)
     return Pruned(kept, tuple(removed), tuple(verified), tuple(sorted(damaged)))

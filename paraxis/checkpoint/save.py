@@ -1,16 +1,14 @@
 """Saving: every rank writes its share, and rank 0 makes all of it visible at once, or none of it.
 
-The order is the safety: shards into a draft folder, each made durable while it is hashed; hashes to rank 0; the manifest; the rename
-that gives the draft its name; the parent folder's fsync; then `latest`; and only then are older checkpoints removed. Whatever breaks
-on one rank is told to all before the rename, and the draft is deleted.
+The order is the safety: shards into a draft, each made durable while it is hashed; hashes to rank 0; the manifest, and with it or
+right after it what makes the draft a checkpoint (of a folder: the rename that gives it its name, and its parent's fsync); then
+`latest`; and only then are older checkpoints removed. Whatever breaks on one rank is told to all before that, and the draft is deleted.
 """
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -20,10 +18,11 @@ from torch import Tensor
 from paraxis.base.errors import StorageError
 from paraxis.base.layout import Box, whole_box
 from paraxis.checkpoint.load import committed
-from paraxis.checkpoint.manifest import MANIFEST, Manifest, StoredFile, StoredPiece, StoredTensor, checked_name
+from paraxis.checkpoint.manifest import Manifest, StoredFile, StoredPiece, StoredTensor, checked_name
+from paraxis.checkpoint.place import Draft, Location
 from paraxis.checkpoint.ranks import OneProcess, Ranks
 from paraxis.checkpoint.retain import KEEP, Candidate, Keep, candidate, unwanted
-from paraxis.checkpoint.store import passing_generations, remove, sweep, sync_folder, sync_tree, write_latest
+from paraxis.checkpoint.store import Store, open_store
 from paraxis.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, SHARD_BYTES, Entry, shards, write_file, write_tensors
 
 SHARE_BYTES = 2**20  # replicas do not cut a tensor into parts smaller than this
@@ -65,7 +64,7 @@ class Part:
 
 
 def save(
-    folder: Path,
+    folder: str | Location,
     step: int,
     pieces: Iterable[Piece],
     meta: Mapping[str, Any],
@@ -74,12 +73,12 @@ def save(
     *,
     layout: str = "",
     keep: Keep = KEEP,
-) -> Path:
+) -> Location:
     """Saves the state of all `ranks` as `folder/step-N` and returns that path once it is durable and visible.
 
     `pieces` are this rank's; `meta` (anything JSON can say) and `files` (by relative name) are written as rank 0 gives them. A
-    `step-N` that exists is replaced; then older checkpoints go that `keep` does not ask for. Raises StorageError on every rank alike
-    where any of them fails: then nothing new is visible.
+    `step-N` that exists is replaced; then older checkpoints go that `keep` does not ask for. An object store calls each save
+    `step-N.save-G` by its generation. Raises StorageError on every rank alike where any of them fails: then nothing new is visible.
     """
     parts = [share(piece) for piece in pieces]
     return save_parts(folder, step, parts, meta, files, ranks or OneProcess(), layout=layout, keep=keep)
@@ -97,7 +96,7 @@ def share(piece: Piece) -> Part:
 
 
 def save_parts(
-    folder: Path,
+    folder: str | Location,
     step: int,
     parts: Sequence[Part],
     meta: Mapping[str, Any],
@@ -106,40 +105,48 @@ def save_parts(
     *,
     layout: str,
     keep: Keep = KEEP,
-) -> Path:
-    """`save`, of parts that may be read only when their turn comes."""
-    final = folder / f"step-{step}"
-    begun = _first_for_all(ranks, final, lambda: _begin(final))
-    draft = folder / begun["draft"]
-    reports = ranks.gather_json(_attempt(ranks.rank, lambda: _write(draft, ranks.rank, parts)))
-    blank = Manifest(step, begun["generation"], layout, {}, {}, meta)
-    _first_for_all(ranks, final, lambda: _commit(draft, final, blank, reports or [], files))
+) -> Location:
+    """`save`, of parts that are read when their turn comes, and again where a store fails for the moment."""
+    store = open_store(folder)
+    begun = _first_for_all(ranks, store, step, lambda: _begin(store, step))
+    draft = Draft(**begun["draft"])
+    reports = ranks.gather_json(_attempt(ranks.rank, lambda: _write(store, draft, ranks.rank, parts)))
+    blank = Manifest(step, draft.generation, layout, {}, {}, meta)
+    _first_for_all(ranks, store, step, lambda: _commit(store, draft, blank, reports or [], files))
     if ranks.rank == 0:
-        _retire(folder, candidate(final.name, step, meta), begun["older"], keep)
-    return final
+        _retire(store, draft, candidate(draft.final, step, meta), begun["older"], keep)
+    return store.place / draft.final
 
 
 def save_shares(
-    folder: Path, step: int, shares: Sequence[Sequence[Part]], meta: Mapping[str, Any], files: Mapping[str, bytes], *, layout: str
-) -> Path:
+    folder: str | Location,
+    step: int,
+    shares: Sequence[Sequence[Part]],
+    meta: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    *,
+    layout: str,
+) -> Location:
     """`save_parts` by one process that writes what each of several ranks would: `shares` has the parts of each, in rank order.
 
     Raises StorageError where `folder` cannot be written, and lets through what reading the parts raises of ours.
     """
-    final = folder / f"step-{step}"
-    begun = _first_for_all(OneProcess(), final, lambda: _begin(final))
-    draft = folder / begun["draft"]
+    store, alone = open_store(folder), OneProcess()
+    begun = _first_for_all(alone, store, step, lambda: _begin(store, step))
+    draft = Draft(**begun["draft"])
     try:
-        reports = [{"done": _write(draft, rank, parts)} for rank, parts in enumerate(shares)]
+        reports = [{"done": _write(store, draft, rank, parts)} for rank, parts in enumerate(shares)]
     except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
+        store.discard(draft)
         if isinstance(error, (OSError, ValueError)):
-            raise StorageError(f"{final} was not saved: {error}; see that {folder} has space and can be written") from error
+            raise StorageError(
+                f"{store.place / draft.final} was not saved: {error}; see that {store.place} has space and can be written"
+            ) from error
         raise
-    blank = Manifest(step, begun["generation"], layout, {}, {}, meta)
-    _first_for_all(OneProcess(), final, lambda: _commit(draft, final, blank, reports, files))
-    _retire(folder, candidate(final.name, step, meta), begun["older"], KEEP)
-    return final
+    blank = Manifest(step, draft.generation, layout, {}, {}, meta)
+    _first_for_all(alone, store, step, lambda: _commit(store, draft, blank, reports, files))
+    _retire(store, draft, candidate(draft.final, step, meta), begun["older"], KEEP)
+    return store.place / draft.final
 
 
 def _attempt(rank: int, action: Callable[[], Any]) -> dict[str, Any]:
@@ -151,32 +158,27 @@ def _attempt(rank: int, action: Callable[[], Any]) -> dict[str, Any]:
         return {"failed": str(error) if isinstance(error, StorageError) else f"rank {rank}: {type(error).__name__}: {error}"}
 
 
-def _first_for_all(ranks: Ranks, final: Path, action: Callable[[], Any]) -> Any:
+def _first_for_all(ranks: Ranks, store: Store, step: int, action: Callable[[], Any]) -> Any:
     """What `action` returns on rank 0, on every rank; StorageError on every rank where it failed."""
     outcome = ranks.broadcast_json(_attempt(0, action) if ranks.rank == 0 else None)
     if "failed" in outcome:
         raise StorageError(
-            f"{final} was not saved: {outcome['failed']}. Earlier checkpoints are untouched; "
-            f"see that {final.parent} has space, can be written, and is shared by all hosts"
+            f"{store.place / f'step-{step}'} was not saved: {outcome['failed']}. Earlier checkpoints are untouched; "
+            f"see that {store.place} has space, can be written, and is shared by all hosts"
         )
     return outcome["done"]
 
 
-def _begin(final: Path) -> dict[str, Any]:
-    """Makes the draft folder. A newer generation than any before: a writer left over from an earlier launch cannot share it."""
-    folder = final.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    passing = passing_generations(folder)
-    sweep(folder)
-    older = committed(folder)
-    generation = 1 + max(passing + [checkpoint.manifest.generation for checkpoint in older], default=0)
-    draft = f"{final.name}.tmp-{generation}"
-    (folder / draft).mkdir()
+def _begin(store: Store, step: int) -> dict[str, Any]:
+    """Begins a draft. A newer generation than any before: a writer left over from an earlier launch cannot share it."""
+    passing = store.sweep()
+    older = committed(store.place)
+    draft = store.begin(step, 1 + max(passing + [checkpoint.manifest.generation for checkpoint in older], default=0))
     candidates = [asdict(candidate(one.path.name, one.manifest.step, one.meta)) for one in older]
-    return {"generation": generation, "draft": draft, "older": candidates}
+    return {"draft": asdict(draft), "older": candidates}
 
 
-def _write(draft: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]:
+def _write(store: Store, draft: Draft, rank: int, parts: Sequence[Part]) -> dict[str, Any]:
     """Writes this rank's shards and says what is in them: JSON of tensors and files as the manifest has them."""
     tensors: dict[str, Any] = {}
     owners: dict[str, tuple[str, Box]] = {}
@@ -192,7 +194,7 @@ def _write(draft: Path, rank: int, parts: Sequence[Part]) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for k, shard in enumerate(shards(entries, SHARD_BYTES)):
         file = f"rank-{rank}-{k}.safetensors"
-        files[file] = write_tensors(draft / file, shard).to_json()
+        files[file] = store.write(f"{draft.name}/{file}", partial(write_tensors, entries=shard)).to_json()
         for entry in shard:
             name, box = owners[entry.key]
             tensors[name]["pieces"].append(StoredPiece(file, entry.key, box).to_json())
@@ -203,22 +205,15 @@ def _ranges(box: Box) -> str:
     return ",".join(f"{start}:{start + size}" for start, size in zip(box.offsets, box.sizes, strict=True))
 
 
-def _commit(draft: Path, final: Path, blank: Manifest, reports: list[dict[str, Any]], files: Mapping[str, bytes]) -> None:
-    """Completes the draft and gives it its name; deletes it where that fails."""
+def _commit(store: Store, draft: Draft, blank: Manifest, reports: list[dict[str, Any]], files: Mapping[str, bytes]) -> None:
+    """Completes the draft and makes it a checkpoint; deletes it where that fails."""
     try:
         tensors, stored = _merge(reports)
         for name, data in files.items():
-            for parent in reversed(Path(checked_name(name)).parents[:-1]):
-                (draft / parent).mkdir(exist_ok=True)
-            stored[name] = write_file(draft / name, data)
-        write_file(draft / MANIFEST, replace(blank, tensors=tensors, files=stored).to_bytes())
-        sync_tree(draft)
-        if final.exists():
-            os.rename(final, final.with_name(f"{final.name}.replaced-{blank.generation}"))
-        os.rename(draft, final)
-        sync_folder(final.parent)
+            stored[name] = store.write(f"{draft.name}/{checked_name(name)}", partial(write_file, data=data))
+        store.commit(draft, replace(blank, tensors=tensors, files=stored).to_bytes())
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        store.discard(draft)
         raise
 
 
@@ -244,13 +239,14 @@ def _merge(reports: list[dict[str, Any]]) -> tuple[dict[str, StoredTensor], dict
     return tensors, files
 
 
-def _retire(folder: Path, new: Candidate, older: Sequence[Mapping[str, Any]], keep: Keep) -> None:
+def _retire(store: Store, draft: Draft, new: Candidate, older: Sequence[Mapping[str, Any]], keep: Keep) -> None:
     """Announces the new checkpoint and removes those no longer wanted. A failure here costs space, not state: it is only logged."""
     try:
-        write_latest(folder, new.name)
+        store.announce(new.name)
         previous = [Candidate(**one) for one in older if one["name"] != new.name]
-        for one in unwanted([new, *previous], keep):
-            remove(folder / one.name)
-        sweep(folder)
+        replaced = [one for one in previous if one.step == new.step]  # in a folder they had the same name
+        for one in replaced + unwanted([new, *(one for one in previous if one not in replaced)], keep):
+            store.remove(one.name)
+        store.sweep(upto=draft.generation)  # a newer save may have begun
     except OSError as error:
-        _log.warning("%s is saved, but what it replaces could not be tidied away: %s", folder / new.name, error)
+        _log.warning("%s is saved, but what it replaces could not be tidied away: %s", store.place / new.name, error)

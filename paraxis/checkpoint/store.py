@@ -1,141 +1,123 @@
-"""The folder that holds a run's checkpoints: how they are named while they come and go, and operations that outlive a power cut.
+"""What saving, loading and pruning need of the place that holds a run's checkpoints: a local folder or an object store.
 
-    step-12/               complete: it was given this name only after everything in it was on the disk
-    step-12.tmp-7/         being written by save number 7 (its generation), or left by one that died
-    step-12.replaced-7/    complete; save 7 is about to put its own step-12 in this place
-    step-3.pruned/         no longer wanted, being deleted
-    latest                 the name of the newest complete one, for people and scripts; loading does not rely on it
-
-The folder may be shared by several hosts, if what one has written and closed is then seen by all.
+Names are relative: a checkpoint is called `step-12` or so, and a file in it `step-12/manifest.json`.
 """
 
-import os
-import re
-import shutil
-import stat
-from pathlib import Path
+from collections.abc import Callable
+from math import inf
+from typing import Protocol
 
-from paraxis.base.errors import CheckpointError
-
-LATEST = "latest"
-
-_COMPLETE = re.compile(r"step-\d+(\.replaced-\d+)?")
-_PASSING = re.compile(r"(?P<base>step-\d+)\.(?P<what>tmp|replaced)-(?P<generation>\d+)")
-_STEP = re.compile(r"step-(\d+)")
-_PRUNED = ".pruned"
-_LONGEST_NAME = 255  # characters, of a file system
+from paraxis.checkpoint.local_store import LocalFiles, LocalStore
+from paraxis.checkpoint.manifest import StoredFile
+from paraxis.checkpoint.object_store import ObjectFiles, ObjectStore
+from paraxis.checkpoint.place import Draft, Location, Url, location
+from paraxis.checkpoint.tensor_file import Sink
 
 
-def complete_folders(folder: Path) -> list[Path]:
-    """The checkpoints of `folder` that have been committed, in no order; none where there is no folder."""
-    return [path for path in _folders(folder) if _COMPLETE.fullmatch(path.name)]
+class Files(Protocol):
+    """What is in one checkpoint, by name relative to it.
+
+    All raise CheckpointError for what is missing or not a file of its own, StorageError where the store does not answer.
+    """
+
+    @property
+    def path(self) -> Location: ...
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        ...
+
+    def size(self, name: str) -> int:
+        """The length in bytes."""
+        ...
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """`length` bytes from `start` on."""
+        ...
+
+    def listing(self) -> dict[str, int]:
+        """Everything that can be listed, with its length in bytes; a link counts as itself."""
+        ...
+
+    def saved_s(self) -> float | None:
+        """When the manifest was written, or else when the last change was, in seconds since 1970; None where nobody knows."""
+        ...
 
 
-def draft_folders(folder: Path) -> list[Path]:
-    """The checkpoints that are being written in `folder`, or were when their save died."""
-    return [path for path in _folders(folder) if (match := _PASSING.fullmatch(path.name)) and match["what"] == "tmp"]
+class Store(Protocol):
+    """A place that holds checkpoints. Made by `open_store` from its `place` alone, so any process can open the same one.
+
+    What changes it raises OSError (StorageError among them) and is called by one process, save `write`.
+    """
+
+    @property
+    def place(self) -> Location: ...
+
+    def files(self, name: str) -> Files:
+        """What is in the checkpoint `name`."""
+        ...
+
+    def complete(self) -> list[str]:
+        """The checkpoints that have been committed, in no order; none where there is no such place."""
+        ...
+
+    def unfinished(self) -> list[str]:
+        """Those that are being written, or were when their save died."""
+        ...
+
+    def is_empty(self) -> bool:
+        """Whether nothing at all is there."""
+        ...
+
+    def sweep(self, upto: float = inf) -> list[int]:
+        """Clears away what other saves up to this generation have left; one that is still at it cannot commit any more.
+
+        Returns the generations of all that are known to have begun.
+        """
+        ...
+
+    def begin(self, step: int, generation: int) -> Draft:
+        """Begins the save of `step`, as of this generation or a later one that nobody has taken."""
+        ...
+
+    def write(self, name: str, put: Callable[[Sink], StoredFile]) -> StoredFile:
+        """Makes the file `name`, of which `put` writes the bytes; durable on return. `put` may be called again after a passing fault."""
+        ...
+
+    def commit(self, draft: Draft, manifest: bytes) -> None:
+        """Adds the manifest and makes all of the draft visible at once. Raises where a newer save has begun."""
+        ...
+
+    def discard(self, draft: Draft) -> None:
+        """Deletes a draft as far as that is possible; raises nothing."""
+        ...
+
+    def announce(self, name: str) -> None:
+        """Points `latest` at the checkpoint `name`, in one step."""
+        ...
+
+    def latest(self) -> str:
+        """The name that `latest` holds; empty where there is none that can be read."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Deletes the checkpoint `name`; it stops being one before the first of its files goes."""
+        ...
 
 
-def step_in_name(name: str) -> int:
-    """The step of the checkpoint whose folder is called `name`."""
-    match = _STEP.match(name)
-    assert match is not None, name
-    return int(match[1])
+def open_store(place: str | Location) -> Store:
+    """The store at `place`, which need not exist yet. Raises ConfigError for a URL that no installed package opens."""
+    where = location(place)
+    return ObjectStore(where) if isinstance(where, Url) else LocalStore(where)
 
 
-def looks_like_checkpoint(path: Path) -> bool:
-    """Whether `path` is a folder with the name of a complete checkpoint; what is in it may be damaged."""
-    return path.is_dir() and _COMPLETE.fullmatch(path.absolute().name) is not None
+def open_files(path: str | Location) -> Files:
+    """What is in the checkpoint at `path`. Raises as `open_store`."""
+    where = location(path)
+    return ObjectFiles(where) if isinstance(where, Url) else LocalFiles(where)
 
 
-def passing_generations(folder: Path) -> list[int]:
-    """The generations of saves that are at work in `folder`, or died there."""
-    return [int(match["generation"]) for path in _folders(folder) if (match := _PASSING.fullmatch(path.name))]
-
-
-def sweep(folder: Path) -> None:
-    """Clears away what other saves have left. One that is still at it loses its draft, so it cannot commit. Raises OSError."""
-    for path in _folders(folder):
-        if path.name.endswith(_PRUNED):
-            shutil.rmtree(path)
-    for path in _folders(folder):
-        if match := _PASSING.fullmatch(path.name):
-            if match["what"] == "replaced" and not (folder / match["base"]).exists():
-                os.rename(path, folder / match["base"])  # its replacement never came
-            else:
-                remove(path)
-
-
-def remove(path: Path) -> None:
-    """Deletes the folder of a checkpoint; it stops being one before the first of its files goes. Raises OSError."""
-    doomed = path.with_name(path.name + _PRUNED)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def write_latest(folder: Path, name: str) -> None:
-    """Points `latest` at the checkpoint called `name`, in one step. Raises OSError."""
-    draft = folder / f".{LATEST}.tmp"
-    with open(draft, "w") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, folder / LATEST)
-    sync_folder(folder)
-
-
-def read_latest(folder: Path) -> str:
-    """The name that `latest` in `folder` holds; empty where there is none that can be read."""
-    try:
-        with open(folder / LATEST, errors="replace") as file:
-            return file.read(_LONGEST_NAME).strip()
-    except OSError:
-        return ""
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names inside `folder` durable (its files' contents are made so when they are closed). Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """`sync_folder` of `folder` and of every folder inside it. Raises OSError."""
-    for path, _, _ in os.walk(folder):
-        sync_folder(Path(path))
-
-
-def size_of(path: Path, within: Path) -> int:
-    """The length in bytes of the plain file `path`. Raises CheckpointError for a link on the way from `within`, or anything else."""
-    if os.path.realpath(path) != os.path.join(os.path.realpath(within), path.relative_to(within)):
-        raise CheckpointError(f"{path} is a link; a checkpoint holds its own files. Copy the file there to keep it")
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{path} is not a plain file")
-    return found.st_size
-
-
-def read_range(path: Path, start: int, length: int) -> bytes:
-    """`length` bytes of `path` from `start` on. Raises CheckpointError where they cannot be read."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            data = b"".join(iter(lambda: file.read(length - file.tell() + start), b""))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) != length:
-        raise CheckpointError(f"{path} ends at byte {start + len(data)}, but {start + length} were expected; it was truncated")
-    return data
-
-
-def _folders(folder: Path) -> list[Path]:
-    try:
-        return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be listed: {error.strerror}; see that it is readable") from error
+def complete_folders(place: str | Location) -> list[Location]:
+    """The checkpoints at `place` that have been committed, in no order; none where there is no such place."""
+    store = open_store(place)
+    return [store.place / name for name in store.complete()]

@@ -4,21 +4,22 @@ The format (https://huggingface.co/docs/safetensors): eight bytes with the heade
 to dtype, shape and the tensor's byte range after the header; then the tensors, row-major, little-endian and without holes.
 """
 
-import hashlib
 import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from paraxis.checkpoint.manifest import CHUNK_BYTES, StoredFile
+from paraxis.checkpoint.hashing import ChunkHasher
+from paraxis.checkpoint.manifest import StoredFile
 
 SHARD_BYTES = 4 * 2**30
 HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library refuses longer ones
@@ -81,11 +82,11 @@ def shards(entries: Iterable[Entry], limit_bytes: int) -> Iterator[list[Entry]]:
         yield group
 
 
-def write_tensors(path: Path, entries: Iterable[Entry]) -> StoredFile:
+def write_tensors(to: "Path | Sink", entries: Iterable[Entry]) -> StoredFile:
     """Writes a new safetensors file, durable on return. Raises OSError, and ValueError for a dtype the format does not have."""
     # Widest dtype first: every tensor then starts at a multiple of its own width, which readers that map the file rely on.
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    with HashingWriter(path) as file:
+    with HashingWriter(to) as file:
         file.write(_header(ordered))
         for entry in ordered:
             tensor = entry.load()
@@ -94,9 +95,9 @@ def write_tensors(path: Path, entries: Iterable[Entry]) -> StoredFile:
     return file.stored
 
 
-def write_file(path: Path, data: bytes) -> StoredFile:
+def write_file(to: "Path | Sink", data: bytes) -> StoredFile:
     """Writes a new file, durable on return. Raises OSError."""
-    with HashingWriter(path) as file:
+    with HashingWriter(to) as file:
         file.write(memoryview(data))
     return file.stored
 
@@ -143,45 +144,67 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+class Sink(Protocol):
+    """A new file somewhere, which is written from start to end. All of its methods raise OSError, except `discard`."""
+
+    def write(self, data: memoryview) -> None: ...
+
+    def close(self) -> None:
+        """Makes what was written durable, and all of it visible at once where the file was not visible before."""
+        ...
+
+    def discard(self) -> None:
+        """Ends a file that was not finished, where `close` is not called."""
+        ...
+
+
+class DiskFile:
+    """The `Sink` that is the file `path`. What is discarded stays as far as it came."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "xb", buffering=2**20)  # noqa: SIM115 (closed by close and discard)
+
+    def write(self, data: memoryview) -> None:
+        self._file.write(data)
+
+    def close(self) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def discard(self) -> None:
+        with suppress(OSError):
+            self._file.close()
+
+
 class HashingWriter:
-    """Writes a new file from start to end. Each chunk is hashed in a thread while the same bytes go to the disk.
+    """Writes a new file from start to end, and hashes its chunks in threads meanwhile.
 
     On leaving the `with` block the file is durable and `stored` describes it; an exception leaves what was written so far.
     """
 
     stored: StoredFile
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb", buffering=2**20)  # noqa: SIM115 (closed by __exit__)
-        self._hasher = ThreadPoolExecutor(1)
-        self._chunks: list[str] = []
-        self._open_chunk = hashlib.sha256()
+    def __init__(self, to: Path | Sink) -> None:
+        self._sink: Sink = DiskFile(to) if isinstance(to, Path) else to
+        self._hasher = ChunkHasher()
         self._bytes = 0
 
     def write(self, data: memoryview) -> None:
-        while data:
-            room = CHUNK_BYTES - self._bytes % CHUNK_BYTES
-            block, data = data[:room], data[room:]
-            hashing = self._hasher.submit(self._open_chunk.update, block)
-            self._file.write(block)
-            hashing.result()
-            self._bytes += len(block)
-            if self._bytes % CHUNK_BYTES == 0:
-                self._close_chunk()
-
-    def _close_chunk(self) -> None:
-        self._chunks.append(self._open_chunk.hexdigest())
-        self._open_chunk = hashlib.sha256()
+        """Appends `data`, which must not change before the `with` block is left."""
+        self._hasher.add(data)
+        self._sink.write(data)
+        self._bytes += len(data)
 
     def __enter__(self) -> "HashingWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._hasher.shutdown()
-        with self._file:
+        try:
             if error is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        if self._bytes % CHUNK_BYTES:
-            self._close_chunk()
-        self.stored = StoredFile(self._bytes, tuple(self._chunks))
+                self._sink.close()
+                self.stored = StoredFile(self._bytes, self._hasher.chunks())
+            else:
+                self._sink.discard()
+        finally:
+            self._hasher.close()

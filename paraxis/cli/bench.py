@@ -2,7 +2,7 @@
 
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from paraxis.base.config import suggestion
 from paraxis.base.env import read_environment
 from paraxis.base.errors import ConfigError, StorageError
+from paraxis.cli import bench_collectives, bench_kernels, bench_planner
 from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
-from paraxis.cli.bench_rows import TABLE_WIDTH, results_file, shown
 from paraxis.cli.bench_checkpoint import bench as bench_checkpoint
+from paraxis.cli.bench_rows import TABLE_WIDTH, measure_rows, results_file, shown
 from paraxis.cli.data import bench as bench_data
 
 if TYPE_CHECKING:
@@ -23,8 +24,13 @@ if TYPE_CHECKING:
 
 HELP = """\
 usage: paraxis bench step RECIPE [--field=value ...] [options]
+       paraxis bench startup RECIPE [--field=value ...] [options, without --steps and --warmup]
        paraxis bench data RECIPE [--data.field=value ...] [--rounds N] [--processes N] [--name NAME] [--out FILE] [--json]
        paraxis bench checkpoint [--gib N] [--ranks N,N] [--runs N] [--folder DIR] [--name NAME] [--out FILE] [--json]
+       paraxis bench attention RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
+       paraxis bench loss RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
+       paraxis bench collectives [--ranks N] [--quick] [--name NAME] [--out FILE] [--json]
+       paraxis bench planner [--rows DIR] [--first N] [--calibrate] [--name NAME] [--out FILE] [--json]
        paraxis bench table FILE ... | --into PAGE
 
 step trains the recipe as `paraxis train` does, once for each row, and reports per device tokens/s (median over the steps after
@@ -46,6 +52,9 @@ the warm-up), step time, peak memory, MFU, losses, and the time from launch to t
   --debug                          show tracebacks of errors
   --help                           this
 
+startup runs every row to the end of its first step: once with empty caches (compiled code, prepared data), then --runs times (default: 3)
+with what the first has left; seconds from the launch of the command.
+
 data measures, in tokens/s, the reading of training rows by one reader, for each kind of packing, and the making of shards in 1 and
 in N processes (default: one for every four cores; no more than the data have parts) beside the bare tokenizer: the median of N
 rounds (default: 5).
@@ -53,6 +62,16 @@ rounds (default: 5).
 checkpoint saves and loads a state of so many GiB (default: 1) on so many ranks (default: 1 and 2 CPU processes, or 1 and all GPUs) in a
 folder made in DIR (default: that for temporary files): in the foreground, without hashing, in the background, and by torch's own DCP,
 beside as many bare bytes written, synced and read; medians of N runs (default: 3), reads from the disk.
+
+attention times every backend on the heads, sequence length and micro-batch of the recipe, with whole rows and with documents of 1,000
+tokens; loss times the vocabulary projection with its cross-entropy in chunks of several sizes, beside the plain one and, on a GPU where
+it is installed, Liger's. Both on one device: forward and backward in ms and TFLOP/s.
+
+collectives makes the table of what paraxis probe measures of the links: microseconds and GB/s for each collective, group and size.
+
+planner predicts step times and memory that others have published, on a laptop, and prints how far it is off, in percent and with sign,
+beside two published equations. --rows is where the rows are (default: bench/published), --first takes the first N of each set;
+--calibrate fits the constants of devices again, on the rows that are for that, and prints them.
 
 table prints results files as Markdown; with --into, it makes the tables marked in a page again instead, from the files of
 bench/results that the marks name: <!-- table: step-... --> to <!-- end of table -->.
@@ -72,7 +91,17 @@ STEP_FLAGS = ("json", "debug", "help")
 
 def run(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 1 where a row failed. Raises ParaxisError for what is refused."""
-    benchmarks = {"step": _step, "data": bench_data, "checkpoint": bench_checkpoint, "table": _table}
+    benchmarks = {
+        "step": _step,
+        "startup": _startup,
+        "data": bench_data,
+        "checkpoint": bench_checkpoint,
+        "attention": bench_kernels.run,
+        "loss": bench_kernels.run,
+        "collectives": bench_collectives.run,
+        "planner": bench_planner.run,
+        "table": _table,
+    }
     name = next((word for word in arguments if not word.startswith("-")), None)
     if "--help" in arguments or "-h" in arguments or name is None:
         print(HELP, end="")
@@ -147,6 +176,30 @@ def _step(arguments: list[str]) -> int:
         Console(width=TABLE_WIDTH).print(rich_table(results))
     console.print(f"results: {out}", soft_wrap=True)
     return 1 if any(row["error"] for row in results.rows) else 0
+
+
+def _startup(arguments: list[str]) -> int:
+    parsed = parse(arguments, STEP_OPTIONS, STEP_FLAGS, STEP_LISTS)
+    if len(parsed.names) != 2:
+        raise ConfigError("bench startup takes one recipe, as in: paraxis bench startup debug; a setting is written --field=value")
+    from paraxis.bench.rows import Pace
+    from paraxis.bench.startup import startup_rows
+
+    for name in ("steps", "warmup"):
+        if name in parsed.options:
+            raise ConfigError(f"--{name} is not for bench startup, whose runs end after their first step; leave it out")
+    runs = whole_number("runs", parsed.options.get("runs", "3"), 1)
+    pace = Pace(steps=1, warmup=0, limit_s=whole_number("limit", parsed.options.get("limit", "600"), 1))
+    with tempfile.TemporaryDirectory(prefix="paraxis-bench-", ignore_cleanup_errors=True) as scratch:
+        logs = _empty_folder(parsed.options.get("logs", f"{scratch}/logs"))
+
+        def rows(machine: "Machine") -> Iterator[Mapping[str, Any]]:
+            subjects: list[Subject] = [*_ours(parsed, machine, pace)]
+            if site := _titan_site(parsed, Path(scratch) / "site"):
+                subjects += _titans(parsed, site, machine, pace)
+            return startup_rows(subjects, runs, logs)
+
+        return measure_rows("startup", parsed, arguments, rows)
 
 
 def _pace(parsed: Arguments) -> "Pace":

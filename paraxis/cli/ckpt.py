@@ -18,6 +18,7 @@ from paraxis.cli.output import show
 if TYPE_CHECKING:
     from paraxis.checkpoint.compare import Differences, TensorDifference
     from paraxis.checkpoint.inspect import Listed
+    from paraxis.checkpoint.place import Location
     from paraxis.checkpoint.verify import Verdict
 
 DIFFERENT = 1  # as `diff` says it
@@ -31,7 +32,7 @@ usage: paraxis ckpt ls DIR [--json]
        paraxis ckpt reshard SRC DST [--ranks N]
 
 CKPT is a checkpoint, such as runs/demo/checkpoints/step-100; DIR is a run's folder or the folder with its checkpoints. For A, B
-and SRC a folder stands for its newest checkpoint.
+and SRC a folder stands for its newest checkpoint. All may be URLs of an object store, such as s3://bucket/runs/demo.
 
 ls       what is in DIR: step, when, how many saves into this folder (generation), the layout that wrote it, tensors, size,
          whether it is complete as far as manifests and sizes tell, and which of them `latest` names
@@ -41,7 +42,8 @@ diff     tensors that only one has, other shapes and dtypes, max|a - b| / max|b|
          other entries of the meta and other files. The exit code is {DIFFERENT} where there are any
 prune    removes all but the newest N, those of the steps that are multiples of K, and the N of lowest held-out loss. Before
          that it reads the newest in full, as verify does, until two have passed; these stay in any case, and if there are not
-         two, nothing is removed. Damaged ones stay, and so does what is being written. Refused while a run is using DIR
+         two, nothing is removed. Damaged ones stay, and so does what is being written. Refused while a run is using DIR, as
+         far as its lock can be seen: beside a URL there is none, so see that no run saves there
 reshard  rewrites SRC into the new folder DST so that N fully sharded ranks each find their part in files of their own; bit for
          bit the same. A checkpoint can be read on any layout without it
 
@@ -59,6 +61,7 @@ examples:
   paraxis ckpt diff runs/one runs/other --json
   paraxis ckpt prune runs/demo --keep-last 2 --keep-every 1000 --dry-run
   paraxis ckpt reshard runs/demo sharded --ranks 8
+  paraxis ckpt verify s3://bucket/runs/demo
 """
 
 
@@ -82,7 +85,7 @@ def _ls(parsed: Arguments) -> int:
     # Here and below, so that help does not wait for torch.
     from paraxis.checkpoint.inspect import checkpoints_folder, listed
 
-    entries = listed(checkpoints_folder(Path(parsed.names[0])))
+    entries = listed(checkpoints_folder(parsed.names[0]))
     if "json" in parsed.flags:
         show(json.dumps([_entry_json(entry) for entry in entries], indent=1))
         return 0
@@ -104,14 +107,14 @@ def _entry_json(entry: "Listed") -> dict[str, Any]:
         "layout": entry.layout,
         "tensors": entry.tensors,
         "bytes": entry.size_bytes,
-        "saved": datetime.fromtimestamp(entry.saved_s, UTC).isoformat(timespec="seconds"),
+        "saved": None if entry.saved_s is None else datetime.fromtimestamp(entry.saved_s, UTC).isoformat(timespec="seconds"),
         "latest": entry.latest,
         "problem": entry.problem or None,
     }
 
 
 def _entry_row(entry: "Listed") -> tuple[str, ...]:
-    saved = f"{datetime.fromtimestamp(entry.saved_s):%Y-%m-%d %H:%M}"
+    saved = "-" if entry.saved_s is None else f"{datetime.fromtimestamp(entry.saved_s):%Y-%m-%d %H:%M}"
     known = ["-" if value in (None, "") else str(value) for value in (entry.generation, entry.layout, entry.tensors)]
     state = entry.problem or ("complete, latest" if entry.latest else "complete")
     return (entry.path.name, saved, *known, _size(entry.size_bytes), state)
@@ -119,13 +122,14 @@ def _entry_row(entry: "Listed") -> tuple[str, ...]:
 
 def _verify(parsed: Arguments) -> int:
     from paraxis.checkpoint.inspect import checkpoints_at
+    from paraxis.checkpoint.store import open_files
     from paraxis.checkpoint.verify import verify
 
     verdicts = []
     with _progress() as progress:
-        for path in checkpoints_at(Path(parsed.names[0])):
+        for path in checkpoints_at(parsed.names[0]):
             verdict = verify(path, lambda done, total, path=path: progress(path.name, done, total))
-            if verdict.whole or path.is_dir():  # else its run has removed it meanwhile
+            if verdict.whole or open_files(path).listing():  # else its run has removed it meanwhile
                 verdicts.append(verdict)
     if "json" in parsed.flags:
         show(json.dumps([_verdict_json(verdict) for verdict in verdicts], indent=1))
@@ -158,7 +162,7 @@ def _diff(parsed: Arguments) -> int:
     from paraxis.checkpoint.inspect import newest_at
     from paraxis.checkpoint.load import open_checkpoint
 
-    a, b = (open_checkpoint(newest_at(Path(name))) for name in parsed.names)
+    a, b = (open_checkpoint(newest_at(name)) for name in parsed.names)
     with _progress() as progress:
         found = compare(a, b, lambda done, total: progress("comparing", done, total))
     if "json" in parsed.flags:
@@ -216,9 +220,9 @@ def _prune(parsed: Arguments) -> int:
         raise ConfigError(f"prune needs to be told how many of the newest to keep, as in --keep-last={KEEP_LEAST}")
     least = {"keep-last": KEEP_LEAST, "keep-every": 0, "keep-best": 0}
     last, every, best = (whole_number(name, parsed.options.get(name, "0"), most) for name, most in least.items())
-    folder = checkpoints_folder(Path(parsed.names[0]))
+    folder = checkpoints_folder(parsed.names[0])
     dry_run = "dry-run" in parsed.flags
-    with nullcontext() if dry_run else _held(folder), _progress() as progress:
+    with nullcontext() if dry_run else _held(parsed.names[0], folder), _progress() as progress:
         done = prune(folder, Keep(last=last, every=every, best=best), dry_run=dry_run, progress=progress)
     if "json" in parsed.flags:
         names = {"removed": done.removed, "kept": done.kept, "verified": done.verified, "damaged": done.damaged}
@@ -240,22 +244,26 @@ def _reshard(parsed: Arguments) -> int:
     from paraxis.checkpoint.reshard import reshard
 
     ranks = whole_number("ranks", parsed.options.get("ranks", "1"), 1)
-    source = open_checkpoint(newest_at(Path(parsed.names[0])))
+    source = open_checkpoint(newest_at(parsed.names[0]))
     with _progress() as progress:
-        written = reshard(source, Path(parsed.names[1]), ranks, lambda done, total: progress("rewriting", done, total))
+        written = reshard(source, parsed.names[1], ranks, lambda done, total: progress("rewriting", done, total))
     show(f"{written}: {source.path}, rewritten for {ranks} rank{'' if ranks == 1 else 's'}")
     return 0
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keeps a run from starting in the run folder that `folder` is of, if it is of one. Raises StorageError where one is at work."""
+def _held(given: str, folder: "Location") -> Iterator[None]:
+    """Keeps a run from starting in the run folder that was given, or that `folder` is of. Raises StorageError where one is at work."""
     from paraxis.observe.folder import RunFolder
 
-    if folder.absolute().name != "checkpoints" or not (folder.absolute().parent / "lock").exists():
-        yield  # no run ever wrote here
+    paths = [Path(given).absolute()]
+    if isinstance(folder, Path) and folder.absolute().name == "checkpoints":
+        paths.append(folder.absolute().parent)
+    run_dir = next((path for path in paths if (path / "lock").exists()), None)
+    if run_dir is None:
+        yield  # no run ever wrote here, or nobody can know
         return
-    run_folder = RunFolder(folder.absolute().parent)
+    run_folder = RunFolder(run_dir)
     try:
         lock = run_folder.hold()
     except StorageError as error:

@@ -1,12 +1,13 @@
-"""`paraxis convert`: Hugging Face weights to a checkpoint of ours, and back, one tensor in memory at a time."""
+"""`paraxis convert`: weights of others to a checkpoint of ours, and back, one tensor in memory at a time."""
 
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from paraxis.base.errors import CheckpointError, ConfigError
 from paraxis.cli.arguments import Arguments, one_of, parse_strictly
@@ -15,16 +16,21 @@ if TYPE_CHECKING:
     import torch
 
     from paraxis.checkpoint.load import Checkpoint
+    from paraxis.checkpoint.place import Location
     from paraxis.cli.weights import Weights
 
 DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # ours to torch's name and Hugging Face's
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 HELP = """\
-usage: paraxis convert import HF_DIR CKPT [options]
+usage: paraxis convert import SOURCE CKPT [options]
        paraxis convert export CKPT HF_DIR [options]
 
-Hugging Face weights (safetensors; never a pickle) to a checkpoint of ours, and back, with config.json and the tokenizer.
+Weights to a checkpoint of ours, and back. SOURCE is a Hugging Face folder (safetensors; never a pickle), which comes and goes with
+config.json and the tokenizer; or, of other training code, a .pt, .pth or .bin file of torch.save or a folder of torch's distributed
+checkpoints (DCP). These are pickles: they are read without running anything in them, or refused. Only the model is taken, by our
+names or by Hugging Face's, whatever stands in front of them (model., module., ...); --recipe, or a config.json beside, says which.
+
 Tensors are renamed and copied bit for bit, one at a time: neither way needs the memory that the model needs. Experts, which we
 stack, are one tensor each there. Weights in fp8 with a scale for each block come in as bf16, or as --dtype says; layers of
 multi-token prediction, which our models do not have, are left out, and import says which.
@@ -40,6 +46,7 @@ AutoTokenizer load; its CKPT is a checkpoint, or a run's folder (its newest chec
 
 examples:
   paraxis convert import path/to/Llama-3.2-1B runs/llama
+  paraxis convert import old/step-1000.pt runs/mine --recipe my.py:small
   paraxis convert export runs/demo exported/demo --dtype bf16
   paraxis convert export runs/demo/checkpoints/step-100 exported/demo --shard-size 500MB
   paraxis convert export runs/mine exported/mine --recipe my.py:small
@@ -50,13 +57,13 @@ def run(arguments: list[str]) -> int:
     """Runs the command and returns its exit code. Raises ParaxisError for what is refused or fails."""
     way = arguments[0] if arguments else ""
     if way in ("import", "export"):
-        names = ["a Hugging Face folder", "a new checkpoint folder"] if way == "import" else ["a checkpoint", "a new folder"]
+        names = ["weights of others", "a new checkpoint folder"] if way == "import" else ["a checkpoint", "a new folder"]
         options = ("dtype", "recipe") if way == "import" else ("dtype", "recipe", "shard-size")
         parsed = parse_strictly(f"convert {way}", arguments[1:], names, options, ("debug", "help"))
         if "help" not in parsed.flags:
             return _import(parsed) if way == "import" else _export(parsed)
     elif not {"-h", "--help"} & set(arguments):
-        raise ConfigError("convert goes one of two ways: convert import HF_DIR CKPT, or convert export CKPT HF_DIR")
+        raise ConfigError("convert goes one of two ways: convert import SOURCE CKPT, or convert export CKPT HF_DIR")
     print(HELP, end="")
     return 0
 
@@ -65,12 +72,16 @@ def _import(parsed: Arguments) -> int:
     # Here, so that help does not wait for torch.
     from paraxis.checkpoint.hf import import_hf
     from paraxis.checkpoint.hf_source import HuggingFaceWeights
+    from paraxis.checkpoint.place import location
+    from paraxis.checkpoint.torch_source import is_torch_checkpoint
     from paraxis.cli.weights import open_weights, recipe_model
     from paraxis.models.registry import to_record
 
-    source, destination = map(Path, parsed.names)
+    source, destination = Path(parsed.names[0]), location(parsed.names[1])
     dtype = _dtype(parsed)
     _refuse_taken(destination)
+    if is_torch_checkpoint(source):
+        return _import_torch(source, destination, recipe_model(parsed.options.get("recipe")), dtype)
     weights = open_weights(source, recipe_model(parsed.options.get("recipe")))
     if not isinstance(weights.source, HuggingFaceWeights):
         raise CheckpointError(f"{source} is a checkpoint of ours already; import takes a Hugging Face folder")
@@ -82,12 +93,41 @@ def _import(parsed: Arguments) -> int:
     return 0
 
 
+def _import_torch(source: Path, destination: "Location", config: Any, dtype: "torch.dtype | None") -> int:
+    """Imports the model in a file or a folder of torch's; without `config` it is the one that a config.json beside it describes."""
+    from paraxis.checkpoint.hf import import_hf, their_names
+    from paraxis.checkpoint.hf_source import ForeignWeights
+    from paraxis.checkpoint.torch_source import unwrap
+    from paraxis.cli.weights import open_torch_weights
+    from paraxis.models.registry import to_record
+
+    print(
+        f"warning: {source} is a pickle, a format that can hold programs. Nothing in it is run, but what it says is taken as it is: "
+        "import only what you know the source of",
+        file=sys.stderr,
+    )
+    weights = open_torch_weights(source, config)
+    held = cast("ForeignWeights", weights.source)
+    tables = {"ours": {name: name for name in weights.shapes}, "Hugging Face's": weights.keys if weights.has_keys else {}}
+    model, way = unwrap(held, {way: their_names(table, weights.shapes) for way, table in tables.items()})
+    meta = {"step": 0, "model": to_record(weights.config)}
+    written = import_hf(model, tables[way], weights.shapes, destination, meta, weights.files, dtype, weights.exact)
+    print(f"names are {way}" + (f", after {model.prefix!r}" if model.prefix else ""))
+    if left := len(held.tensors) - len(model.tensors):
+        print(f"left out: {left:,} other tensors")
+    print(f"wrote {written}")
+    return 0
+
+
 def _export(parsed: Arguments) -> int:
     from paraxis.checkpoint.hf import EXPORT_SHARD_BYTES, export_hf
     from paraxis.checkpoint.load import Checkpoint
+    from paraxis.checkpoint.place import location
     from paraxis.cli.weights import check_fits, open_weights, recipe_model
 
-    source, destination = map(Path, parsed.names)
+    source, destination = parsed.names[0], location(parsed.names[1])
+    if not isinstance(destination, Path):
+        raise ConfigError(f"{destination} is no local folder; export to one, and copy it there")
     dtype = _dtype(parsed)
     shard_bytes = size_bytes(parsed.options["shard-size"]) if "shard-size" in parsed.options else EXPORT_SHARD_BYTES
     weights = open_weights(source, recipe_model(parsed.options.get("recipe")))
@@ -107,9 +147,11 @@ def _dtype(parsed: Arguments) -> "torch.dtype | None":
     return None if name is None else getattr(torch, DTYPES[one_of("dtype", name, list(DTYPES))])
 
 
-def _refuse_taken(destination: Path) -> None:
+def _refuse_taken(destination: "Location") -> None:
     """A folder in use may be a run's, whose checkpoints would be retired after the one that is written."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    from paraxis.checkpoint.store import open_store
+
+    if not open_store(destination).is_empty():
         raise CheckpointError(f"{destination} exists and is not an empty folder; name a new one")
 
 

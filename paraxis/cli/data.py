@@ -92,6 +92,8 @@ def _prepare(parsed: Arguments, config: "DataConfig", seed: int) -> dict[str, di
     from paraxis.data.open import open_training
     from paraxis.data.prepare import load_tokenizer, prepare
 
+    if config.tokenize == "live":
+        raise ConfigError("data.tokenize=live leaves nothing to prepare; prepare the data and train with data.tokenize=ahead")
     processes = whole_number("processes", parsed.options.get("processes", str(_usual_processes())), 1)
     cache = read_environment().cache_dir
     with _progress() as progress:
@@ -158,7 +160,7 @@ def bench(arguments: list[str]) -> int:
     from paraxis.bench.results import Results, write_results
     from paraxis.bench.rows import Pace, record
     from paraxis.bench.table import rich_table
-    from paraxis.cli.bench import TABLE_WIDTH, results_file, shown
+    from paraxis.cli.bench_rows import TABLE_WIDTH, results_file, shown
 
     rounds = whole_number("rounds", parsed.options.get("rounds", "5"), 1)
     most = whole_number("processes", parsed.options.get("processes", str(_usual_processes())), 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paraxis.base.config import redact
-from paraxis.base.errors import ParaxisError
+from paraxis.base.errors import ParaxisError, StorageError
 from paraxis.cli.generate import continuation, prompt_ids, show_continued, spelled
 from paraxis.cli.output import show
 
@@ -21,11 +21,16 @@ def show_end(config: "RunConfig", run_dir: Path) -> None:
     """Prints the last checkpoint of the run in `run_dir`, its held-out score, a sample if `train.sample` asks for one, three commands."""
     # Here, so that help does not wait for torch.
     from paraxis.checkpoint.load import newest
+    from paraxis.checkpoint.place import checkpoints_of
     from paraxis.cli.weights import open_weights
     from paraxis.observe.folder import RunFolder
 
     folder = RunFolder(run_dir)
-    path = newest(folder.checkpoints)
+    try:
+        path = newest(checkpoints_of(config.checkpoint.folder, run_dir))
+    except StorageError as error:  # of a store that does not answer just now; the run has ended well
+        show(f"\ncheckpoint: {error}")
+        return
     show(f"\ncheckpoint: {path or 'none was saved'}")
     if score := last_score(folder.events_file):
         show(score)

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paraxis.base.env import read_environment
@@ -70,7 +69,7 @@ def run(arguments: list[str]) -> int:
 def _evaluate(parsed: Arguments) -> tuple[float, int]:
     """The mean loss in nats per target, and the number of targets."""
     # Here, so that help does not wait for torch.
-    from paraxis.base.dtypes import precision
+    from paraxis.base.dtypes import scoring_dtype
     from paraxis.cli.weights import open_weights, recipe_model
     from paraxis.data.config import DataConfig
     from paraxis.data.loader import evaluation_batches
@@ -80,9 +79,9 @@ def _evaluate(parsed: Arguments) -> tuple[float, int]:
     from paraxis.parallel.world import this_device
 
     options = parsed.options
-    dtype = precision(options.get("precision", "fp32")).compute
+    dtype = scoring_dtype(options.get("precision", "fp32"))
     batch = whole_number("batch", options.get("batch", str(BATCH)), 1)
-    weights = open_weights(Path(parsed.names[0]), recipe_model(options.get("recipe")))
+    weights = open_weights(parsed.names[0], recipe_model(options.get("recipe")))
     seq_len = whole_number("seq-len", options["seq-len"], 1) if "seq-len" in options else _window(weights)
     paths = tuple(path.strip() for path in options["data"].split(",") if path.strip())
     data = DataConfig(paths=paths, seq_len=seq_len, text_field=options.get("text-field", "text"), append_eos=False)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paraxis.base.errors import ConfigError
@@ -63,14 +62,14 @@ def run(arguments: list[str]) -> int:
 def _generate(parsed: Arguments) -> None:
     # Here, so that help does not wait for torch.
     from paraxis.base.config import override
-    from paraxis.base.dtypes import precision
+    from paraxis.base.dtypes import scoring_dtype
     from paraxis.cli.weights import open_weights, recipe_model
     from paraxis.generate.sample import SamplingConfig
 
     options, prompt = parsed.options, parsed.options["prompt"]
     sampling = override(SamplingConfig(), {name.replace("-", "_"): options[name] for name in SAMPLING if name in options})
-    dtype = precision(options.get("precision", "fp32")).compute
-    weights = open_weights(Path(parsed.names[0]), recipe_model(options.get("recipe")))
+    dtype = scoring_dtype(options.get("precision", "fp32"))
+    weights = open_weights(parsed.names[0], recipe_model(options.get("recipe")))
     tokenizer = weights.tokenizer(options.get("tokenizer"))
     before = prompt_ids(tokenizer, prompt)
     following = continuation(weights, tokenizer, before, sampling, dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,14 @@ from paraxis.base.device import Device
 from paraxis.base.errors import CheckpointError, ConfigError, DataError
 from paraxis.base.keys import KeyTable
 from paraxis.checkpoint.hf import MODEL, fill, matched
-from paraxis.checkpoint.hf_source import HuggingFaceWeights, parse_config
-from paraxis.checkpoint.load import Checkpoint, newest, open_checkpoint
-from paraxis.checkpoint.manifest import MANIFEST
+from paraxis.checkpoint.hf_source import ForeignWeights, HuggingFaceWeights, parse_config
+from paraxis.checkpoint.inspect import checkpoint_in
+from paraxis.checkpoint.load import Checkpoint
+from paraxis.checkpoint.place import Location, location
+from paraxis.checkpoint.torch_source import open_torch
+from paraxis.checkpoint.weights_source import BUFFER
 from paraxis.data.tokens import Tokenizer
+from paraxis.models.buffers import buffer_names, fill_buffers, first_buffers, persistent_buffers
 from paraxis.models.registry import from_hf, from_record
 from paraxis.recipes.find import find
 
@@ -52,12 +56,12 @@ class Weights:
     `files` have the names that a checkpoint of ours gives them, whichever kind `source` is.
     """
 
-    source: Checkpoint | HuggingFaceWeights
+    source: Checkpoint | ForeignWeights
     config: Any
     files: Mapping[str, bytes]
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         return self.source.path if isinstance(self.source, Checkpoint) else self.source.source
 
     @cached_property
@@ -76,15 +80,19 @@ class Weights:
         return {name for name, parameter in self._blank.named_parameters() if not parameter.requires_grad}
 
     @property
+    def has_keys(self) -> bool:
+        """Whether the model says what Hugging Face calls its parameters."""
+        return isinstance(getattr(self._blank, "keys", None), Mapping)
+
+    @property
     def keys(self) -> KeyTable:
         """Our names beside Hugging Face's. Raises ConfigError where a recipe's model does not say."""
-        keys = getattr(self._blank, "keys", None)
-        if not isinstance(keys, Mapping):
+        if not self.has_keys:
             raise ConfigError(
                 f"{type(self._blank).__name__} has no key table, so its weights have no Hugging Face names; "
                 "give the model an attribute keys, a dict from its parameters' names to theirs"
             )
-        return keys
+        return cast(KeyTable, self._blank.keys)
 
     @property
     def trained_seq_len(self) -> int | None:
@@ -109,15 +117,20 @@ class Weights:
             if name not in exact:
                 parameter.data = parameter.data.to(dtype)
         model.to_empty(device=device.torch)
+        if buffer_names(model):
+            fill_buffers(model, first_buffers(self.config.build, seed=0))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 read(name, parameter)
+            for name, buffer in persistent_buffers(model).items():
+                if isinstance(self.source, Checkpoint) and BUFFER + name in self.source.tensors:
+                    self.source.read(BUFFER + name, out=buffer)
         return model.eval()
 
     def _reader(self) -> Callable[[str, Tensor], object]:
         """What fills a tensor with the parameter of a name."""
         source = self.source
-        if isinstance(source, HuggingFaceWeights):
+        if not isinstance(source, Checkpoint):
             theirs = matched(source, self.keys, self.shapes)
             return lambda name, out: fill(out, source, theirs[name])
         check_fits(source, self.shapes)
@@ -167,45 +180,39 @@ def recipe_model(recipe: str | None) -> Any:
     return None if recipe is None else find(recipe)[0].model
 
 
-def open_weights(path: Path, config: Any = None) -> Weights:
+def open_weights(path: str | Location, config: Any = None) -> Weights:
     """What `path` holds: a checkpoint of ours, a run's or its checkpoints folder (the newest), or Hugging Face weights.
 
     `config` builds the model where it is given, instead of what the weights say of themselves. Raises CheckpointError for what
     is missing, foreign or damaged, and ConfigError for a model that has to be given.
     """
-    if (checkpoint := _ours(path)) is not None:
+    where = location(path)
+    if (checkpoint := checkpoint_in(where)) is not None:
         files = {name: checkpoint.file(name) for name in checkpoint.manifest.files if name.startswith((TOKENIZER, HUGGING_FACE))}
         return Weights(checkpoint, _recorded(checkpoint) if config is None else config, files)
-    weights = HuggingFaceWeights(path)
-    beside = {prefix + name: path / name for prefix, names in _FROM_HF.items() for name in names}
+    assert isinstance(where, Path)  # what is at a URL is ours, or nothing
+    return _described(HuggingFaceWeights(where), where, config)
+
+
+def open_torch_weights(path: Path, config: Any = None) -> Weights:
+    """What `path` holds: a file that torch.save wrote, or a folder of torch's distributed checkpoints. Their names are their writer's.
+
+    As `open_weights` otherwise; a config.json and a tokenizer may stand beside them.
+    """
+    return _described(open_torch(path), path if path.is_dir() else path.parent, config)
+
+
+def _described(weights: ForeignWeights, folder: Path, config: Any) -> Weights:
+    """`weights` with the files in their `folder`, and the model that its config.json describes where `config` says nothing."""
+    beside = {prefix + name: folder / name for prefix, names in _FROM_HF.items() for name in names}
     files = {name: file.read_bytes() for name, file in beside.items() if file.is_file()}
     if config is None:
         if HF_CONFIG not in files:
             raise CheckpointError(
-                f"{path} holds no config.json, which says what model it is; get it, or name a recipe: --recipe=my.py:function"
+                f"{folder} holds no config.json, which says what model it is; get it, or name a recipe: --recipe=my.py:function"
             )
-        config = from_hf(parse_config(files[HF_CONFIG], path))
+        config = from_hf(parse_config(files[HF_CONFIG], folder))
     return Weights(weights, config, files)
-
-
-def _ours(path: Path) -> Checkpoint | None:
-    """The checkpoint of ours that `path` stands for, or None where it holds Hugging Face weights instead."""
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(
-            f"{path} {what}; give a checkpoint such as runs/NAME/checkpoints/step-100, a run's folder, or a Hugging Face folder"
-        )
-    if (path / MANIFEST).exists():
-        return open_checkpoint(path)
-    for folder in (path / "checkpoints", path):
-        if (found := newest(folder)) is not None:
-            return open_checkpoint(found)
-    if any(file.name.startswith(("config.json", "model.", "model-", "pytorch_model")) for file in path.iterdir()):
-        return None
-    raise CheckpointError(
-        f"{path} holds neither a complete paraxis checkpoint ({MANIFEST}) nor a Hugging Face model (config.json, model.safetensors); "
-        "give a checkpoint such as runs/NAME/checkpoints/step-100, a run's folder, or a Hugging Face folder"
-    )
 
 
 def _recorded(checkpoint: Checkpoint) -> Any:

@@ -14,8 +14,10 @@ from paraxis.base.errors import StorageError
 log = logging.getLogger(__name__)
 
 
-def made_once(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
+def made_once(cache: Path, name: str, make: Callable[[Path], None], *, lock: str = "") -> Path:
     """The folder `cache/name`, made by calling `make` on a temporary folder if it is not there yet.
+
+    Whoever makes it holds a lock of the same name, or the `lock` given, which several folders may share.
 
     One process makes it while others, also on other hosts that share the file system's locks, wait. It appears only when
     complete and on disk. Raises StorageError where it cannot be written; what `make` raises passes through, leaving nothing.
@@ -25,7 +27,7 @@ def made_once(cache: Path, name: str, make: Callable[[Path], None]) -> Path:
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{name}.lock"):
+        with _locked(cache / f"{lock or name}.lock", log.debug if lock else log.info):
             if not folder.is_dir():
                 _make(folder, make)
     except OSError as error:
@@ -57,15 +59,25 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, say: Callable[..., None]) -> Iterator[None]:
     """Holds the file lock at `path`. The file stays: removing it would let two processes lock two files of one name."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another process that is making %s", path.with_suffix(""))
+            say("waiting for another process that is making %s", path.with_suffix(""))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def drop(folder: Path) -> None:
+    """Removes a folder at once for whoever looks for it, and then what is in it."""
+    trash = folder.with_name(f"{folder.name}.dropped-{platform.node()}-{os.getpid()}")
+    try:
+        folder.rename(trash)
+    except FileNotFoundError:  # somebody else has
+        return
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

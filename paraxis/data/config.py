@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from paraxis.base.errors import ConfigError
 from paraxis.data.chat import TEMPLATES, Template
+from paraxis.data.hub import DATASET, read_name
 from paraxis.data.mixture import NAME, Change, read_mixture
 
 BUILT_IN = ("stdlib:train", "stdlib:heldout")
@@ -16,6 +17,7 @@ CHOICES = {
     "packing": ("concatenate", "best_fit"),
     "long_documents": ("split", "drop"),
     "chat": ("none", *TEMPLATES),
+    "tokenize": ("ahead", "live"),
 }
 
 
@@ -23,9 +25,9 @@ CHOICES = {
 class DataConfig:
     """The text, how it becomes tokens, and how tokens become rows."""
 
-    paths: Annotated[tuple[str, ...], "files, folders, globs, URLs: text, .jsonl, .parquet, .arrow, token ids; or stdlib:train"] = (
-        "stdlib:train",
-    )
+    paths: Annotated[
+        tuple[str, ...], "files, folders, globs, URLs: text, .jsonl, .parquet, .arrow, token ids; hf:NAME; or stdlib:train"
+    ] = ("stdlib:train",)
     mixture: Annotated[
         tuple[str, ...],
         "shares of sources in tokens, as 'web=0.7 code=0.3'; each path is then web=..., and '1000: web=1' a change at a step",
@@ -46,6 +48,8 @@ class DataConfig:
     on_bad_record: Annotated[Literal["stop", "skip"], "what a broken record does: stop the run, or be left out and counted"] = "stop"
     most_skipped: Annotated[float, "refuse data of whose records more than this share is skipped"] = 1.0
     append_eos: Annotated[bool, "end each document with the tokenizer's end token, where it has one"] = True
+    tokenize: Annotated[Literal["ahead", "live"], "tokenise all text before the first step, or in the background while training"] = "ahead"
+    workers: Annotated[int, "processes on each host that tokenise live; 0: one for every four cores"] = 0
     repeat: Annotated[int, "passes a run may make over the data, or over a source of a mixture; 0: any number"] = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +79,23 @@ class DataConfig:
             raise ConfigError(f"data.repeat={self.repeat} must be 0 (any number of passes) or more")
         if self.tokenizer.startswith(TRAIN_TOKENIZER):
             self._check_entries()
+        if self.workers < 0:
+            raise ConfigError(f"data.workers={self.workers} must be 0 (one for every four cores) or more")
+        if self.workers and self.tokenize != "live":
+            raise ConfigError(f"data.workers={self.workers} says nothing while data.tokenize=ahead; set data.tokenize=live")
+        for paths in self.sources.values():
+            self._check_datasets(paths)
+
+    def _check_datasets(self, paths: tuple[str, ...]) -> None:
+        for path in paths:
+            if not path.startswith(DATASET) or not read_name(path).stream:
+                continue
+            if self.tokenize != "live":
+                raise ConfigError(f"data.paths={path!r} is a stream, which is read while training: set data.tokenize=live")
+            if self.entries_to_train is not None:
+                raise ConfigError(f"data.tokenizer={self.tokenizer!r} cannot be trained on the stream {path}; name a finished tokenizer")
+            if len(paths) > 1:
+                raise ConfigError(f"data.paths: {path} is a stream, which is a source by itself; name it as one in data.mixture")
 
     def _check_sources(self) -> None:
         for path in self.paths:

@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from paraxis.base.errors import DataError
 from paraxis.data.chat import MESSAGES, Spans, Template
+from paraxis.data.hub import open_whole
 from paraxis.data.sources import Source
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,13 @@ class BadRecords:
 
 
 def pieces(source: Source, reading: Reading, bad: BadRecords) -> Iterator[Piece]:
-    """The documents of one file, in order. Raises DataError for a file that cannot be read, whatever the policy."""
+    """The documents of one file, or of the source's share of it, in order.
+
+    Raises DataError for a file that cannot be read, whatever the policy.
+    """
+    if source.is_dataset:
+        yield from _dataset(source, reading, bad)
+        return
     name = source.path.lower()
     packed = name.endswith(".gz")
     name = name.removesuffix(".gz")
@@ -106,7 +113,7 @@ def pieces(source: Source, reading: Reading, bad: BadRecords) -> Iterator[Piece]
                 yield from _parquet(source, raw, reading, bad)
                 return
             if name.endswith(".arrow"):
-                yield from _arrow(source, raw, reading, bad)
+                yield from _arrow(source, pyarrow.memory_map(source.path) if source.is_local else raw, reading, bad)
                 return
             handle = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if packed else raw
             if name.endswith(RECORD_SUFFIXES):
@@ -117,6 +124,18 @@ def pieces(source: Source, reading: Reading, bad: BadRecords) -> Iterator[Piece]
                 yield from _text(source, handle, raw, bad)
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise DataError(f"{source.name} cannot be read: {error}; it may be damaged, incomplete or not what its name says") from error
+
+
+def divisible(source: Source) -> bool:
+    """Whether the source can be read in shares: where its records can be found without reading what is before them."""
+    name = source.path.lower()
+    return source.is_dataset or name.endswith((".parquet", *RECORD_SUFFIXES)) or (source.is_local and name.endswith(".arrow"))
+
+
+def _own(source: Source, count: int) -> range:
+    """The source's share of `count` things."""
+    share, shares = source.share
+    return range(count * share // shares, count * (share + 1) // shares)
 
 
 def _decode(data: bytes, first: bool) -> str:
@@ -158,14 +177,35 @@ def _starts_with_space(line: bytes) -> bool:
 
 
 def _json_lines(source: Source, handle: IO[bytes], raw: IO[bytes], reading: Reading, bad: BadRecords) -> Iterator[Piece]:
+    """A share has the lines that begin in its bytes."""
+    own = _own(source, source.size) if source.share[1] > 1 else None
+    at = own.start if own else 0
+    if at:
+        handle.seek(at - 1)
+        at += len(handle.readline()) - 1
     for number, line in enumerate(handle, start=1):
+        if own and at >= own.stop:
+            return
+        first, at = at == 0, at + len(line)
         if not line.strip():
             continue
-        found = _of_json(line, reading, first=number == 1, read=raw.tell())
+        found = _of_json(line, reading, first=first, read=raw.tell())
         if isinstance(found, str):
-            bad.report(f"{source.name}, line {number}", found)
+            bad.report(f"{source.name}, line {_lines_before(source, own) + number}", found)
         else:
             yield found
+
+
+def _lines_before(source: Source, own: range | None) -> int:
+    """How many lines begin before a share: counted only where one has to be named."""
+    if not own or not own.start:
+        return 0
+    lines, left = 0, own.start - 1
+    with cast(IO[bytes], source.fs.open(source.path, "rb")) as handle:
+        while left and (data := handle.read(min(left, PIECE_BYTES))):
+            lines += data.count(b"\n")
+            left -= len(data)
+    return lines + 1
 
 
 def _of_json(line: bytes, reading: Reading, *, first: bool, read: int) -> Piece | str:
@@ -182,30 +222,59 @@ def _of_json(line: bytes, reading: Reading, *, first: bool, read: int) -> Piece 
 
 
 def _parquet(source: Source, raw: IO[bytes], reading: Reading, bad: BadRecords) -> Iterator[Piece]:
+    """A share has some of the row groups, which is what can be read by itself."""
     file = pyarrow.parquet.ParquetFile(raw)
     _check_column(source, file.schema_arrow.names, reading)
-    rows, done = max(1, file.metadata.num_rows), 0
-    for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[reading.field]):
+    own, groups = _own(source, file.num_row_groups), [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    rows, done = max(1, sum(groups)), sum(groups[: own.start])
+    for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[reading.field], row_groups=list(own)):
         yield from _column(source, batch.column(0), done, reading, bad, lambda row: source.size * row // rows)
         done += batch.num_rows
 
 
-def _arrow(source: Source, raw: IO[bytes], reading: Reading, bad: BadRecords) -> Iterator[Piece]:
-    """Either of Arrow's formats, the file or the stream; the `datasets` library writes streams."""
+def _arrow(source: Source, raw: Any, reading: Reading, bad: BadRecords) -> Iterator[Piece]:
+    """Either of Arrow's formats, the file or the stream; the `datasets` library writes streams.
+
+    A share has some of a file's batches, and of a stream's those that begin in its bytes.
+    """
     try:
         file = pyarrow.ipc.open_file(raw)
-        batches: Iterator[Any] = (file.get_batch(number) for number in range(file.num_record_batches))
+        own = _own(source, file.num_record_batches)
+        batches: Iterator[Any] = ((number in own, file.get_batch(number)) for number in range(file.num_record_batches))
         names = file.schema.names
     except pyarrow.ArrowInvalid:
         raw.seek(0)
         stream = pyarrow.ipc.open_stream(raw)
-        batches, names = iter(stream), stream.schema.names
+        batches, names = _of_stream(stream, raw, _own(source, source.size)), stream.schema.names
     _check_column(source, names, reading)
     done = 0
-    for batch in batches:
+    for is_own, batch in batches:
         at = min(raw.tell(), source.size)
-        yield from _column(source, batch.column(names.index(reading.field)), done, reading, bad, lambda row, at=at: at)
+        if is_own:
+            yield from _column(source, batch.column(names.index(reading.field)), done, reading, bad, lambda row, at=at: at)
         done += batch.num_rows
+
+
+def _of_stream(stream: Any, raw: Any, own: range) -> Iterator[tuple[bool, Any]]:
+    """The batches of a stream, each with whether it begins in `own`, up to the last that does."""
+    while (at := raw.tell()) < own.stop:
+        try:
+            batch = stream.read_next_batch()
+        except StopIteration:
+            return
+        yield at in own, batch
+
+
+def _dataset(source: Source, reading: Reading, bad: BadRecords) -> Iterator[Piece]:
+    """The rows of a dataset of which any can be read at once."""
+    dataset = open_whole(source.path)
+    _check_column(source, dataset.column_names, reading)
+    own, rows = _own(source, len(dataset)), max(1, len(dataset))
+    done = own.start
+    wanted = dataset.select_columns([reading.field]).with_format("arrow").select(own)
+    for table in wanted.iter(batch_size=PARQUET_ROWS):
+        yield from _column(source, table.column(0), done, reading, bad, lambda row: source.size * row // rows)
+        done += table.num_rows
 
 
 def _check_column(source: Source, names: list[str], reading: Reading) -> None:

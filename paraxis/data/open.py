@@ -5,23 +5,39 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from paraxis.base.env import cores
 from paraxis.base.errors import ConfigError
 from paraxis.data.config import DataConfig
+from paraxis.data.hub import DATASET, read_name
+from paraxis.data.ids import holds_ids
+from paraxis.data.live import LiveRows
 from paraxis.data.mixture import MixtureRows
 from paraxis.data.packing import PackedRows, kept_plan
-from paraxis.data.prepare import Progress, load_tokenizer, prepare
+from paraxis.data.pools import FilePools, Pools, StreamPools
+from paraxis.data.prepare import Progress, check_tokenizer, load_tokenizer, prepare, prepared_folder
 from paraxis.data.rows import HeldOutRows, TrainingRows
 from paraxis.data.shards import Prepared
+from paraxis.data.sources import expand
 from paraxis.data.tokens import Tokenizer
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows to train on, their tokenizer, and how many broken records were left out."""
+    """Rows to train on, and their tokenizer."""
 
-    rows: TrainingRows | PackedRows | MixtureRows
+    rows: TrainingRows | PackedRows | LiveRows | MixtureRows
     tokenizer: Tokenizer
-    skipped: int
+
+
+@dataclass(frozen=True)
+class Live:
+    """Who reads what is tokenised live: `owner` is the same for all ranks of a run and for no other, `leads` holds for one rank a host."""
+
+    owner: str = ""
+    leads: bool = True
+
+
+ALONE = Live()
 
 
 def open_training(
@@ -32,45 +48,72 @@ def open_training(
     rows_per_step: Callable[[], int],
     progress: Progress | None = None,
     processes: int = 1,
+    live: Live = ALONE,
 ) -> TrainingData:
     """Tokenises and packs what is not in `cache` yet, and opens it. Any number of ranks may call this at once.
+
+    With data.tokenize=live text is left to the processes of the rank that `live` has lead; `close_rows` ends them.
 
     `rows_per_step` is asked only where a mixture changes at a step. Raises DataError for missing, empty or broken data.
     """
     tokenizer = load_tokenizer(config, cache, progress=progress)
-    skipped, opened = 0, {}
+    opened: dict[str, TrainingRows | PackedRows | LiveRows] = {}
     for name, paths in config.sources.items():
         source = replace(config, paths=paths, mixture=())
+        if (pools := _pools(source, cache, tokenizer, _seed_of(name, seed), live)) is not None:
+            opened[name] = LiveRows(pools, source, _seed_of(name, seed))
+            continue
         prepared = prepare(source, cache, tokenizer=tokenizer, progress=progress, processes=processes)
-        skipped += prepared.skipped
         opened[name] = _rows(config, prepared, cache, _seed_of(name, seed))
     if not config.mixture:
-        return TrainingData(opened[""], tokenizer, skipped)
+        return TrainingData(opened[""], tokenizer)
     changes = config.changes
     rows = MixtureRows(opened, changes, rows_per_step() if len(changes) > 1 else 1)
-    return TrainingData(rows, tokenizer, skipped)
+    return TrainingData(rows, tokenizer)
 
 
 def open_held_out(
     config: DataConfig, paths: tuple[str, ...], cache: Path, tokenizer: Tokenizer, progress: Progress | None = None
 ) -> HeldOutRows:
     """The text at `paths`, read as `config` reads its own, each token to be predicted once."""
-    prepared = prepare(replace(config, paths=paths, mixture=()), cache, tokenizer=tokenizer, progress=progress)
+    if stream := next((path for path in paths if path.startswith(DATASET) and read_name(path).stream), None):
+        raise ConfigError(f"eval.paths: {stream} is a stream, and held-out data are read again and again; leave stream=true out")
+    config = replace(config, paths=paths, mixture=(), tokenize="ahead", workers=0)
+    prepared = prepare(config, cache, tokenizer=tokenizer, progress=progress)
     return HeldOutRows(prepared, seq_len=config.seq_len, document_mask=config.document_mask)
 
 
 def refuse_repeats(data: TrainingData, rows_in_all: int) -> None:
-    """Raises ConfigError where so many rows go over a source more often than data.repeat allows."""
+    """Raises ConfigError where so many rows go over a source more often than data.repeat allows.
+
+    Rows that are made live have no length yet: they are refused where the pass too many begins.
+    """
     rows = data.rows
     sources = rows.sources.items() if isinstance(rows, MixtureRows) else [("", rows)]
     counts = rows.read(rows_in_all) if isinstance(rows, MixtureRows) else {"": rows_in_all}
     for name, source in sources:
         allowed, asked = source.repeat * source.length, counts.get(name, 0)
-        if source.repeat and asked > allowed:
+        if source.repeat and source.length and asked > allowed:
             raise ConfigError(
                 f"the run reads {asked} rows of {f'the source {name}' if name else 'its data'}, but data.repeat={source.repeat} allows "
                 f"{allowed} ({source.length} a pass); lower train.steps, give more data, or raise data.repeat (0: any number of passes)"
             )
+
+
+def _pools(config: DataConfig, cache: Path, tokenizer: Tokenizer, seed: int, live: Live) -> Pools | None:
+    """The text of one source, to be tokenised live; None where that is not asked for, or it consists of tokens already."""
+    if config.tokenize != "live" or prepared_folder(config) is not None:
+        return None
+    workers = (config.workers or max(1, cores() // 4)) if live.leads else 0
+    (path, *others) = config.plain_paths
+    if not others and path.startswith(DATASET) and read_name(path).stream:
+        check_tokenizer(config, tokenizer)
+        return StreamPools(config, path, tokenizer, cache, owner=live.owner, workers=workers)
+    sources = expand(config.plain_paths)
+    if all(map(holds_ids, sources)):
+        return None
+    check_tokenizer(config, tokenizer)
+    return FilePools(config, sources, tokenizer, cache, seed=seed, owner=live.owner, workers=workers)
 
 
 def _rows(config: DataConfig, prepared: Prepared, cache: Path, seed: int) -> TrainingRows | PackedRows:

@@ -17,11 +17,10 @@ import numpy as np
 from paraxis.base.errors import DataError
 from paraxis.base.seams import IGNORE
 from paraxis.data.cache import made_once
-from paraxis.data.rows import row_fingerprint, shuffled, within_repeat
-from paraxis.data.shards import Prepared
+from paraxis.data.rows import ROWS, row_fingerprint, shuffled, within_repeat
+from paraxis.data.shards import Documents, Prepared
 
 FORMAT = 1
-_ROWS = 1  # as in rows.py
 ARRAYS = ("row_ends", "documents", "starts", "counts")
 
 
@@ -70,7 +69,7 @@ class Plan:
     counts: np.ndarray
 
 
-def make_plan(data: Prepared, seq_len: int, long_documents: Literal["split", "drop"]) -> Plan:
+def make_plan(data: Documents, seq_len: int, long_documents: Literal["split", "drop"]) -> Plan:
     """Which part of which document goes to which row. A document of n tokens has n-1 inputs, each with the next as its target."""
     inputs = np.diff(data.ends, prepend=0) - 1
     if long_documents == "drop":
@@ -107,6 +106,31 @@ def _map(path: Path) -> np.ndarray:
     return np.memmap(path, "<i8", mode="r") if path.stat().st_size else np.empty(0, "<i8")
 
 
+class PlannedRows:
+    """The rows of a plan, in its order. No target crosses from one document to the next; empty places have none."""
+
+    def __init__(self, data: Documents, plan: Plan, *, seq_len: int, document_mask: bool) -> None:
+        self.length = len(plan.row_ends)
+        self._data, self._plan, self._seq_len, self._document_mask = data, plan, seq_len, document_mask
+
+    def row(self, row: int) -> dict[str, np.ndarray]:
+        """Row `row` of `length`: int64 arrays of length seq_len by Batch field name."""
+        tokens, targets = np.zeros(self._seq_len, np.int64), np.full(self._seq_len, IGNORE, np.int64)
+        positions, documents = np.arange(self._seq_len), np.zeros(self._seq_len, np.int64)
+        begin = int(self._plan.row_ends[row - 1]) if row else 0
+        at = 0
+        for piece in range(begin, int(self._plan.row_ends[row])):
+            document, start, count = (int(part[piece]) for part in (self._plan.documents, self._plan.starts, self._plan.counts))
+            tokens[at : at + count] = self._data.read(document, start, start + count)
+            targets[at : at + count] = self._data.targets(document, start + 1, start + count + 1)
+            at += count
+            documents[at:] += 1
+            positions[at:] = np.arange(self._seq_len - at)
+        if not self._document_mask:
+            return {"tokens_bt": tokens, "targets_bt": targets, "positions_bt": np.arange(self._seq_len)}
+        return {"tokens_bt": tokens, "targets_bt": targets, "positions_bt": positions, "documents_bt": documents}
+
+
 class PackedRows:
     """Training rows of whole documents, pass after pass: row `i` is of pass `i // length`; every input once a pass.
 
@@ -130,18 +154,18 @@ class PackedRows:
                 f"data.long_documents={long_documents} leaves no document of two tokens or more for rows of data.seq_len={seq_len}; "
                 "raise data.seq_len or set data.long_documents=split"
             )
-        self.fingerprint = row_fingerprint(data, shuffle=shuffle, packing="best_fit", long_documents=long_documents)
+        self.fingerprint = row_fingerprint(data.fingerprint, shuffle=shuffle, packing="best_fit", long_documents=long_documents)
         self.data = data
         self.vocab_size = data.tokenizer.vocab_size
         self.eos_id = data.tokenizer.eos_id
         self.length = len(plan.row_ends)
         self.repeat = repeat
-        self._plan, self._seq_len, self._document_mask = plan, seq_len, document_mask
-        self._shuffle, self._seed = shuffle, seed
+        self._planned = PlannedRows(data, plan, seq_len=seq_len, document_mask=document_mask)
+        self._plan, self._seq_len, self._shuffle, self._seed = plan, seq_len, shuffle, seed
         self._order = lru_cache(maxsize=1)(self._make_order)
 
     def _make_order(self, number: int) -> np.ndarray | None:
-        return shuffled(self.length, self._seed, number, _ROWS) if self._shuffle else None
+        return shuffled(self.length, self._seed, number, ROWS) if self._shuffle else None
 
     @property
     def waste(self) -> float:
@@ -152,18 +176,4 @@ class PackedRows:
         """Row `index`, counted over all passes: int64 arrays of length seq_len by Batch field name."""
         number, place = within_repeat(index, self.length, self.repeat)
         order = self._order(number)
-        row = place if order is None else int(order[place])
-        tokens, targets = np.zeros(self._seq_len, np.int64), np.full(self._seq_len, IGNORE, np.int64)
-        positions, documents = np.arange(self._seq_len), np.zeros(self._seq_len, np.int64)
-        begin = int(self._plan.row_ends[row - 1]) if row else 0
-        at = 0
-        for piece in range(begin, int(self._plan.row_ends[row])):
-            document, start, count = (int(part[piece]) for part in (self._plan.documents, self._plan.starts, self._plan.counts))
-            tokens[at : at + count] = self.data.read(document, start, start + count)
-            targets[at : at + count] = self.data.targets(document, start + 1, start + count + 1)
-            at += count
-            documents[at:] += 1
-            positions[at:] = np.arange(self._seq_len - at)
-        if not self._document_mask:
-            return {"tokens_bt": tokens, "targets_bt": targets, "positions_bt": np.arange(self._seq_len)}
-        return {"tokens_bt": tokens, "targets_bt": targets, "positions_bt": positions, "documents_bt": documents}
+        return self._planned.row(place if order is None else int(order[place]))

@@ -25,7 +25,6 @@ class Part:
     sources: Sequence[Source]
     config: DataConfig
     tokenizer: Tokenizer
-    eos_id: int | None
 
     @property
     def size(self) -> int:
@@ -35,15 +34,22 @@ class Part:
 
 def make_part(part: Part, folder: Path, told: Callable[[int], None]) -> None:
     """Tokenises the part into `folder`, telling how many bytes of input are done. Raises DataError for data that cannot be read."""
-    config, tokenizer = part.config, part.tokenizer
-    names = [source.name for source in part.sources]
-    writer = ShardWriter(folder, names, tokenizer.vocab_size, part.eos_id, masked=config.template is not None)
-    bad = BadRecords(config.on_bad_record)
+    bad = BadRecords(part.config.on_bad_record)
+    items = all_pieces(part.sources, part.config, bad, told, part.tokenizer)
+    write_tokens(items, [source.name for source in part.sources], part.config, part.tokenizer, folder, bad)
+
+
+def write_tokens(
+    items: Iterable[tuple[int, Piece]], names: Sequence[str], config: DataConfig, tokenizer: Tokenizer, folder: Path, bad: BadRecords
+) -> None:
+    """Tokenises pieces of text, each with the number of its file in `names`, into a folder of shards."""
+    eos_id = tokenizer.eos_id if config.append_eos else None
+    writer = ShardWriter(folder, names, tokenizer.vocab_size, eos_id, masked=config.template is not None)
     try:
-        for batch in _batches(all_pieces(part.sources, config, bad, told, tokenizer)):
+        for batch in _batches(items):
             for file, last, (tokens, trained) in _encoded(batch, tokenizer, writer.dtype):
                 writer.add(file, tokens, last, trained)
-        writer.finish({"tokenizer": tokenizer.sha256, "eos_id": part.eos_id, "chat": config.chat}, bad.skipped, bad.first)
+        writer.finish({"tokenizer": tokenizer.sha256, "eos_id": eos_id, "chat": config.chat}, bad.skipped, bad.first)
     finally:
         writer.close()
 

@@ -53,19 +53,17 @@ def prepare(
     Every rank may call this at once: one does the work, in as many processes as `processes` says. Raises DataError for missing,
     empty or broken data, and StorageError where the cache cannot be written.
     """
-    if (folder := _prepared_folder(config)) is not None:
+    if (folder := prepared_folder(config)) is not None:
         return _mapped(folder, config, tokenizer or load_tokenizer(config, cache))
     sources = expand(config.plain_paths)
     tokenizer = tokenizer or load_tokenizer(config, cache, progress=progress)
-    _check_markers(config, tokenizer)
+    check_tokenizer(config, tokenizer)
     eos_id = tokenizer.eos_id if config.append_eos else None
-    if config.append_eos and eos_id is None:
-        log.warning("%s names no end token, so documents follow each other without one", tokenizer.name)
     settings = {"tokenizer": tokenizer.sha256, "eos_id": eos_id, "most_skipped": config.most_skipped}
-    key = _key(config, sources, **settings)
-    parts = [Part(part, config, tokenizer, eos_id) for part in parts_of(sources)]
+    key = key_of(config, sources, **settings)
+    parts = [Part(part, config, tokenizer) for part in parts_of(sources)]
     # Named for the paths, not for what they hold: once a broken file is mended, the parts before it are still good.
-    unfinished = cache / f"parts-{_key(config, [], paths=config.plain_paths, **settings)}"
+    unfinished = cache / f"parts-{key_of(config, [], paths=config.plain_paths, **settings)}"
 
     def make(partial: Path) -> None:
         if len(parts) == 1:
@@ -97,10 +95,10 @@ def load_tokenizer(config: DataConfig, cache: Path, *, progress: Progress | None
         for name, data in trained.files.items():
             (partial / name).write_bytes(data)
 
-    return Tokenizer.load(made_once(cache, f"tokenizer-{_key(config, sources, entries=entries)}", make))
+    return Tokenizer.load(made_once(cache, f"tokenizer-{key_of(config, sources, entries=entries)}", make))
 
 
-def _prepared_folder(config: DataConfig) -> Path | None:
+def prepared_folder(config: DataConfig) -> Path | None:
     """The folder that `paraxis data prepare` made, where the data is that and nothing else."""
     folder = next((Path(path) for path in config.plain_paths if (Path(path) / META).is_file()), None)
     if folder and len(config.plain_paths) > 1:
@@ -122,7 +120,10 @@ def _mapped(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Prepared:
     return Prepared(folder, tokenizer)
 
 
-def _check_markers(config: DataConfig, tokenizer: Tokenizer) -> None:
+def check_tokenizer(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Raises DataError where the tokenizer lacks what conversations need, and warns where it lacks an end token."""
+    if config.append_eos and tokenizer.eos_id is None:
+        log.warning("%s names no end token, so documents follow each other without one", tokenizer.name)
     if config.template and (missing := tokenizer.lacks(config.template.markers)):
         raise DataError(f"data.chat={config.chat} needs {missing} as one token, which {tokenizer.name} has not; choose another template")
 
@@ -142,7 +143,7 @@ def _check(config: DataConfig, folder: Path, files: int) -> None:
         )
 
 
-def _key(config: DataConfig, sources: Sequence[Source], **settings: Any) -> str:
+def key_of(config: DataConfig, sources: Sequence[Source], **settings: Any) -> str:
     """A name for these files as they are now and what is done to them, without reading them."""
     made_from = {
         "format": FORMAT,
@@ -199,7 +200,7 @@ def _made(parts: Sequence[Part], folder: Path, processes: int, progress: Progres
 
 
 def _make_once(folder: Path, part: Part) -> Path:
-    return made_once(folder, f"part-{_key(part.config, part.sources)}", lambda partial: make_part(part, partial, lambda done: None))
+    return made_once(folder, f"part-{key_of(part.config, part.sources)}", lambda partial: make_part(part, partial, lambda done: None))
 
 
 def _told(progress: Progress | None, sources: Sequence[Source], what: str = "tokenising") -> Callable[[int], None]:

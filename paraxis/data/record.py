@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paraxis.base.seams import Rows
+from paraxis.data.live import LiveRows
 from paraxis.data.mixture import MixtureRows
 from paraxis.data.packing import PackedRows
 from paraxis.data.rows import TrainingRows
@@ -14,15 +15,41 @@ FILES_NAMED = 2000  # a checkpoint of more files than this keeps their common fi
 def data_record(rows: Rows, row: int) -> dict[str, Any]:
     """The identity of what the rows before `row` were read from, for JSON."""
     if isinstance(rows, MixtureRows):
-        return {"mixture": rows.log(row), "sources": {name: _source(rows.sources[name]) for name, count in rows.read(row).items() if count}}
-    return {"sources": {"": _source(rows)}}
+        read = {name: count for name, count in rows.read(row).items() if count}
+        return {"mixture": rows.log(row), "sources": {name: _read_from(rows.sources[name], count) for name, count in read.items()}}
+    return {"sources": {"": _read_from(rows, row)}}
+
+
+def skipped_records(rows: Rows) -> int:
+    """How many broken records have been left out of the rows so far."""
+    if isinstance(rows, MixtureRows):
+        return sum(map(skipped_records, rows.sources.values()))
+    if isinstance(rows, (TrainingRows, PackedRows)):
+        return rows.data.skipped
+    return rows.skipped if isinstance(rows, LiveRows) else 0
+
+
+def close_rows(rows: Rows) -> None:
+    """Ends what works in the background for the rows."""
+    for source in rows.sources.values() if isinstance(rows, MixtureRows) else [rows]:
+        if isinstance(source, LiveRows):
+            source.close()
+
+
+def _read_from(rows: Rows, row: int) -> dict[str, Any]:
+    """What a source is, and where its rows go on after `row` of them, where that is more than a number."""
+    return _source(rows) | ({"position": rows.position(row)} if isinstance(rows, LiveRows) else {})
 
 
 def _source(rows: Rows) -> dict[str, Any]:
     record: dict[str, Any] = {"fingerprint": rows.fingerprint}
     if isinstance(rows, (TrainingRows, PackedRows)):
         tokenizer, files = rows.data.tokenizer, rows.data.files
-        record |= {"tokenizer": tokenizer.sha256, "files": files if len(files) <= FILES_NAMED else None}
+        record |= {"tokenizer": tokenizer.sha256, "files": files if len(files) <= FILES_NAMED else None, "tokenize": "ahead"}
+    if isinstance(rows, LiveRows):
+        files = rows.files
+        named = files if files is not None and len(files) <= FILES_NAMED else None
+        record |= {"tokenizer": rows.tokenizer.sha256, "files": named, "tokenize": "live"}
     return record
 
 
@@ -50,12 +77,18 @@ def continue_data(held: Mapping[str, Any], rows: Rows, step: int, row: int) -> N
     """Goes on at `row` after `step` steps, once `problem_with_data` has found nothing."""
     if isinstance(rows, MixtureRows):
         rows.continue_from(held["mixture"], step, row)
+    for name, was in held["sources"].items():
+        source = rows.sources[name] if isinstance(rows, MixtureRows) else rows
+        if isinstance(source, LiveRows):
+            source.continue_from(was["position"])
 
 
 def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     prints = f"the data's fingerprint {was['fingerprint'][:12]}, but now it is {now['fingerprint'][:12]}"
     if was.get("tokenizer") != now.get("tokenizer"):
         return f"{prints}: the tokenizer is another"
+    if was.get("tokenize", "ahead") != now.get("tokenize", "ahead"):
+        return f"{prints}: data.tokenize was {was.get('tokenize', 'ahead')}"
     if was.get("files") is None or now.get("files") is None:
         return prints
     return f"{prints}: {_difference_of_files(was['files'], now['files'])}"
@@ -77,4 +110,4 @@ def _difference_of_files(was: Sequence[Sequence[str]], now: Sequence[Sequence[st
         return f"the files are in another order, from {moved} on"
     if len(was) != len(now):
         return f"{len(was)} files have become {len(now)}"
-    return "the files are the same, so it is data.packing, data.shuffle, data.long_documents or data.append_eos"
+    return "the files are the same, so it is data.packing, data.shuffle, data.long_documents, data.append_eos or how records are read"

@@ -12,9 +12,9 @@ import numpy as np
 
 from paraxis.base.errors import DataError
 from paraxis.base.seams import IGNORE
-from paraxis.data.shards import Prepared
+from paraxis.data.shards import Documents, Prepared
 
-_DOCUMENTS, _ROWS = 0, 1  # what is put in order: distinct words in the key of the hash
+DOCUMENTS, ROWS = 0, 1  # what is put in order: distinct words in the key of the hash
 
 
 def shuffled(count: int, *key: int) -> np.ndarray:
@@ -36,9 +36,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def row_fingerprint(data: Prepared, **settings: object) -> str:
+def row_fingerprint(data: str, **settings: object) -> str:
     """The fingerprint of training rows: that of the data, and of what decides which tokens a row has."""
-    return hashlib.sha256(json.dumps([data.fingerprint, settings], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([data, settings], sort_keys=True).encode()).hexdigest()
 
 
 def within_repeat(index: int, length: int, repeat: int) -> tuple[int, int]:
@@ -55,7 +55,7 @@ def within_repeat(index: int, length: int, repeat: int) -> tuple[int, int]:
 class _Stream:
     """Documents laid end to end in some order: any stretch of tokens, and which document each is of."""
 
-    def __init__(self, data: Prepared, order: np.ndarray | None) -> None:
+    def __init__(self, data: Documents, order: np.ndarray | None) -> None:
         self._data = data
         self._order = order
         self._ends = data.ends if order is None else np.cumsum(np.diff(data.ends, prepend=0)[order])
@@ -105,7 +105,7 @@ class TrainingRows:
                 f"data.paths hold {data.tokens} tokens, too few for one row of data.seq_len={seq_len} and its last target; "
                 f"give more text or set data.seq_len to {data.tokens - 1} or less"
             )
-        self.fingerprint = row_fingerprint(data, shuffle=shuffle, packing="concatenate")
+        self.fingerprint = row_fingerprint(data.fingerprint, shuffle=shuffle, packing="concatenate")
         self.data = data
         self.vocab_size = data.tokenizer.vocab_size
         self.eos_id = data.tokenizer.eos_id
@@ -119,8 +119,8 @@ class TrainingRows:
     def _make_pass(self, number: int) -> tuple[_Stream, np.ndarray | None]:
         if not self._shuffle:
             return _Stream(self.data, None), None
-        documents = shuffled(self.data.documents, self._seed, number, _DOCUMENTS)
-        return _Stream(self.data, documents), shuffled(self.length, self._seed, number, _ROWS)
+        documents = shuffled(self.data.documents, self._seed, number, DOCUMENTS)
+        return _Stream(self.data, documents), shuffled(self.length, self._seed, number, ROWS)
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`, counted over all passes: int64 arrays of length seq_len by Batch field name."""
@@ -130,17 +130,15 @@ class TrainingRows:
         return _row(*stream.read(start, start + self._seq_len + 1), self._document_mask)
 
 
-class HeldOutRows:
-    """All of the data once, in its own order; the last row is filled up with targets that are ignored."""
+class FilledRows:
+    """All of the documents once, end to end, in their own order or another; the last row is filled up with targets that are ignored.
 
-    def __init__(self, data: Prepared, *, seq_len: int, document_mask: bool) -> None:
-        if data.tokens < 2:
-            raise DataError(f"the held-out data have {data.tokens} tokens, and there is nothing to predict in fewer than 2; give more text")
-        self.fingerprint = data.fingerprint
-        self.vocab_size = data.tokenizer.vocab_size
-        self.eos_id = data.tokenizer.eos_id
-        self.length = -(-(data.tokens - 1) // seq_len)
-        self._stream, self._tokens = _Stream(data, None), data.tokens
+    Fewer than two tokens are no row.
+    """
+
+    def __init__(self, data: Documents, *, seq_len: int, document_mask: bool, order: np.ndarray | None = None) -> None:
+        self.length = max(0, -(-(data.tokens - 1) // seq_len))
+        self._stream, self._tokens = _Stream(data, order), data.tokens
         self._seq_len, self._document_mask = seq_len, document_mask
 
     def row(self, index: int) -> dict[str, np.ndarray]:
@@ -154,3 +152,15 @@ class HeldOutRows:
             np.pad(documents, (0, missing), constant_values=documents[-1] + 1),
             self._document_mask,
         )
+
+
+class HeldOutRows(FilledRows):
+    """All of the held-out data once, in its own order."""
+
+    def __init__(self, data: Prepared, *, seq_len: int, document_mask: bool) -> None:
+        if data.tokens < 2:
+            raise DataError(f"the held-out data have {data.tokens} tokens, and there is nothing to predict in fewer than 2; give more text")
+        super().__init__(data, seq_len=seq_len, document_mask=document_mask)
+        self.fingerprint = data.fingerprint
+        self.vocab_size = data.tokenizer.vocab_size
+        self.eos_id = data.tokenizer.eos_id

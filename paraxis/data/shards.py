@@ -192,30 +192,34 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-class Prepared:
-    """Tokenised documents, mapped from a finished folder: any part of any document, without reading the rest.
+class Documents:
+    """Tokenised documents, mapped from finished folders one after another: any part of any document, without reading the rest.
 
-    `fingerprint` covers the tokens, their order and the tokenizer, and nothing of where the files were: it is the same on
-    every machine. `skipped` counts the broken records that were left out.
+    `skipped` counts the broken records that were left out, of which `first_skipped` names one; `empty` those without a token.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        meta = read_meta(folder)
-        self.folder = folder
+    def __init__(self, folders: Sequence[Path], tokenizer: Tokenizer) -> None:
+        metas = [read_meta(folder) for folder in folders]
         self.tokenizer = tokenizer
-        self.fingerprint: str = meta["fingerprint"]
-        self.documents: int = meta["documents"]
-        self.tokens: int = meta["tokens"]
-        self.skipped: int = meta["skipped"]
-        self.files: list[list[str]] = [[record["name"], record["sha256"]] for record in meta["files"]]
-        dtype = np.dtype(meta["dtype"])
-        self._shard_ends = np.array(meta["shard_ends"], np.int64)
-        sizes = np.diff(self._shard_ends, prepend=0)
-        self.ends = _map(folder / ENDS, np.dtype("<i8"), self.documents)
-        self._shards = [_map(folder / _shard_name(index), dtype, int(size)) for index, size in enumerate(sizes)]
-        flags = np.dtype(np.uint8)
-        names = [_trained_name(index) for index in range(len(sizes))] if meta["masked"] else []
-        self._trained = [_map(folder / name, flags, int(size)) for name, size in zip(names, sizes, strict=bool(names))]
+        self.documents: int = sum(meta["documents"] for meta in metas)
+        self.tokens: int = sum(meta["tokens"] for meta in metas)
+        self.skipped: int = sum(meta["skipped"] for meta in metas)
+        self.first_skipped: str = next((meta["first_skipped"] for meta in metas if meta["first_skipped"]), "")
+        self.empty: int = sum(record["empty"] for meta in metas for record in meta["files"])
+        ends, shard_ends, before = [], [], 0
+        self._shards: list[np.ndarray] = []
+        self._trained: list[np.ndarray] = []
+        for folder, meta in zip(folders, metas, strict=True):
+            found = _map(folder / ENDS, np.dtype("<i8"), meta["documents"])
+            ends.append(found + before if before else found)
+            shard_ends += [before + end for end in meta["shard_ends"]]
+            for number, size in enumerate(np.diff(meta["shard_ends"], prepend=0).tolist()):
+                self._shards.append(_map(folder / _shard_name(number), np.dtype(meta["dtype"]), size))
+                if meta["masked"]:
+                    self._trained.append(_map(folder / _trained_name(number), np.dtype(np.uint8), size))
+            before += meta["tokens"]
+        self.ends = ends[0] if len(ends) == 1 else np.concatenate(ends)
+        self._shard_ends = np.array(shard_ends, np.int64)
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` of `document`, counted from its own beginning, in the type they are stored in."""
@@ -235,6 +239,21 @@ class Prepared:
         begin = int(self.ends[document - 1]) if document else 0
         shard = int(np.searchsorted(self._shard_ends, begin, side="right"))
         return shard, begin - (int(self._shard_ends[shard - 1]) if shard else 0)
+
+
+class Prepared(Documents):
+    """The documents of one folder, which were made of whole files.
+
+    `fingerprint` covers the tokens, their order and the tokenizer, and nothing of where the files were: it is the same on
+    every machine.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        super().__init__([folder], tokenizer)
+        meta = read_meta(folder)
+        self.folder = folder
+        self.fingerprint: str = meta["fingerprint"]
+        self.files: list[list[str]] = [[record["name"], record["sha256"]] for record in meta["files"]]
 
 
 def _shard_name(index: int) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from paraxis.base.errors import DataError
+from paraxis.data.hub import DATASET, open_whole, read_name
 
 HELDOUT_PERCENT = 4
 # Tests, what a distribution adds, files that differ between machines, and generated tables, of which there are so many
@@ -27,13 +29,27 @@ VERSION_KEYS = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modifi
 
 @dataclass(frozen=True)
 class Source:
-    """One file: `name` is fit for messages, `size` is in bytes, `version` changes when the file is written again."""
+    """One file or dataset: `name` is fit for messages, `size` is in bytes, `version` changes when it is written again.
+
+    `share` (i, n) is the i-th of n parts of about one size, counted from 0, of one whose records can be found without reading all before.
+    """
 
     name: str
     path: str
     fs: AbstractFileSystem
     size: int
     version: str
+    share: tuple[int, int] = (0, 1)
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether it is one of the `datasets` library rather than a file."""
+        return self.path.startswith(DATASET)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a file of this machine."""
+        return isinstance(self.fs, LocalFileSystem) and not self.is_dataset
 
 
 def expand(paths: Sequence[str]) -> list[Source]:
@@ -41,7 +57,23 @@ def expand(paths: Sequence[str]) -> list[Source]:
 
     Raises DataError for a path that does not exist or matches nothing.
     """
-    return [source for path in paths for source in (_stdlib(path) if path.startswith("stdlib:") else _expand_one(path))]
+    return [source for path in paths for source in _expand(path)]
+
+
+def _expand(path: str) -> list[Source]:
+    if path.startswith("stdlib:"):
+        return _stdlib(path)
+    if path.startswith(DATASET):
+        return [_dataset(path)]
+    return _expand_one(path)
+
+
+def _dataset(path: str) -> Source:
+    nowhere = fsspec.filesystem("file")
+    if read_name(path).stream:
+        return Source(path, path, nowhere, 0, "")
+    found = open_whole(path)
+    return Source(path, path, nowhere, found.data.nbytes, found._fingerprint)
 
 
 def without_secrets(path: str) -> str:
@@ -58,6 +90,8 @@ def _expand_one(path: str) -> list[Source]:
             files = [inner]
         elif fs.isdir(inner):
             files = [file for file in fs.find(inner) if not _hidden(str(file).removeprefix(inner))]
+            if splits := [file for file in files if str(file).endswith("/dataset_dict.json")]:
+                raise DataError(f"data.paths: {shown} holds the splits of a dataset ({splits[0]}); name one of them, as {shown}/train")
             if any(str(file).endswith("/dataset_info.json") for file in files):  # saved by the `datasets` library
                 files = [file for file in files if str(file).endswith(".arrow")]
         else:

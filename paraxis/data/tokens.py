@@ -78,7 +78,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], dtype: np.dtype) -> list[np.ndarray]:
         """The ids of each text, as arrays, computed on all cores."""
-        return [np.array(encoding.ids, dtype) for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = (encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False))
+        return [np.fromiter(ids, dtype, len(ids)) for ids in encoded]  # half the time of np.array
 
     def encode_spans(self, texts: Sequence[str], spans: Sequence[Spans], dtype: np.dtype) -> list[tuple[np.ndarray, np.ndarray]]:
         """The ids of each text, and which of them begin within its spans: bool."""

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from paraxis.base.errors import ConfigError
 from paraxis.generate.cache import Cacheable, cached
 from paraxis.generate.sample import SamplingConfig, pick
 
@@ -23,8 +24,12 @@ def generate(model: HasLogits, prompt_bt: Tensor, sampling: SamplingConfig, stop
 
     Ends early when every row has produced a `stop` token; a row that has repeats it. `prompt_bt` has at least one token a row.
     Keys and values are kept between tokens where the model's attention can be exchanged; else all of it is recomputed each time.
+    Raises ConfigError for more tokens than the model has positions for.
     """
     assert prompt_bt.shape[1] > 0, "a prompt has at least one token; give the beginning-of-text token where there is no text"
+    longest, most = prompt_bt.shape[1] + sampling.max_tokens, getattr(model, "most_positions", None)
+    if most is not None and longest > most:
+        raise ConfigError(f"{longest} tokens, the prompt's and those to come, are more than the model's {most} positions; ask for fewer")
     generator = torch.Generator(prompt_bt.device).manual_seed(sampling.seed)
     stops = torch.tensor(sorted(stop), dtype=torch.int64, device=prompt_bt.device)
     tokens_bt, new_bt = prompt_bt, prompt_bt

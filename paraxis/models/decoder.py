@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paraxis.base.errors import ConfigError
 from paraxis.base.keys import KeyTable
 from paraxis.base.layout import Gather, LayoutTable, Split
 from paraxis.base.seams import Attend, Batch, HeadLoss
@@ -58,25 +59,29 @@ class Decoder(nn.Module):
         *,
         vocab_size: int,
         width: int,
-        blocks: Sequence[Block],
-        norm_eps: float,
-        rope: RopeConfig | YarnConfig,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        rope: RopeConfig | YarnConfig | None,
+        positions: int = 0,
         tied: bool,
         init: InitTable,
         keys: KeyTable,
     ) -> None:
+        """Positions reach the blocks as `rope` tables, which a block is then called with, or as vectors learned for so many `positions`."""
         super().__init__()
-        self.rope, self.init, self.keys = rope, init, keys
+        self.rope, self.init, self.keys, self.most_positions = rope, init, keys, positions or None
         self.attend: Attend = Sdpa()
         self.head_loss: HeadLoss = chunked_head_loss
         self.embed: nn.Embedding | None = nn.Embedding(vocab_size, width)
+        self.positions = nn.Embedding(positions, width) if positions else None
         self.layers = nn.ModuleDict({str(number): block for number, block in enumerate(blocks)})
-        self.norm: RMSNorm | None = RMSNorm(width, norm_eps)
+        self.norm: nn.Module | None = norm
         self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
 
     def forward(self, batch: Batch, x_btm: Tensor | None = None) -> Tensor:
         """The loss summed over the batch's targets, a scalar of at least fp32; of a pipeline's earlier stages, what they hand on."""
-        x_btm = self._through_blocks(self._embedded(batch.tokens_bt) if x_btm is None else x_btm, batch.positions_bt, batch.documents_bt)
+        x_btm = self._embedded(batch.tokens_bt, batch.positions_bt) if x_btm is None else x_btm
+        x_btm = self._through_blocks(x_btm, batch.positions_bt, batch.documents_bt)
         if self.norm is None:
             return x_btm
         return self.head_loss(self.norm(x_btm), self.head_weight, batch.targets_bt)
@@ -86,24 +91,30 @@ class Decoder(nn.Module):
         if positions_bt is None:
             positions_bt = torch.arange(tokens_bt.shape[1], device=tokens_bt.device).expand_as(tokens_bt)
         assert self.norm is not None, "a pipeline's earlier stages have no logits"
-        return F.linear(self.norm(self._through_blocks(self._embedded(tokens_bt), positions_bt, documents_bt)), self.head_weight)
+        x_btm = self._through_blocks(self._embedded(tokens_bt, positions_bt), positions_bt, documents_bt)
+        return F.linear(self.norm(x_btm), self.head_weight)
 
-    def _embedded(self, tokens_bt: Tensor) -> Tensor:
+    def _embedded(self, tokens_bt: Tensor, positions_bt: Tensor) -> Tensor:
         assert self.embed is not None, "a pipeline's later stages take the activations of the one before"
-        return self.embed(tokens_bt)
+        x_btm = self.embed(tokens_bt)
+        if self.most_positions is not None and tokens_bt.shape[1] > self.most_positions:
+            raise ConfigError(f"rows of {tokens_bt.shape[1]} tokens are longer than the model's {self.most_positions} positions; cut them")
+        return x_btm if self.positions is None else x_btm + self.positions(positions_bt)
 
     def _through_blocks(self, x_btm: Tensor, positions_bt: Tensor, documents_bt: Tensor | None) -> Tensor:
-        cos_btf, sin_btf = rope_tables(positions_bt, self.rope, self.rope_width, dtype=x_btm.dtype)
+        tables_btf = () if self.rope is None else rope_tables(positions_bt, self.rope, self.rope_width, dtype=x_btm.dtype)
         mask = self.attend.mask(documents_bt)
         for block in self.blocks():
-            x_btm = block(x_btm, cos_btf, sin_btf, mask)
+            x_btm = block(x_btm, *tables_btf, mask)
         return x_btm
 
     def keep(self, layers: range) -> None:
         """Becomes the pipeline stage that runs `layers`. A tied embedding stays at both ends."""
         last = layers.stop == len(self.layers)
-        if layers.start and not (last and self.head is None):
-            self.embed = None
+        if layers.start:
+            self.positions = None
+            if not (last and self.head is None):
+                self.embed = None
         if not last:
             self.norm = self.head = None
         self.layers = nn.ModuleDict({str(number): self.layers[str(number)] for number in layers})
@@ -120,9 +131,9 @@ class Decoder(nn.Module):
         """How much of a head positions turn."""
         return self.blocks()[0].attention.rope_width
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[Any]:
         """The repeated units that are compiled, recomputed and gathered one at a time."""
-        return list(self.layers.values())  # type: ignore[arg-type]
+        return list(self.layers.values())
 
     def use_attention(self, attend: Attend) -> None:
         """Computes attention with `attend` from now on, in every layer."""

@@ -16,6 +16,7 @@ from paraxis.models.init import Init, Normal
 from paraxis.models.mla import MLA
 from paraxis.models.mlp import MLP
 from paraxis.models.moe import EXPERTS_LAYOUT, MoE
+from paraxis.ops.norm import RMSNorm
 from paraxis.ops.rope import YarnConfig
 from paraxis.ops.routing import RoutingConfig
 
@@ -126,7 +127,7 @@ class DeepSeek(Decoder):
             vocab_size=config.vocab_size,
             width=config.width,
             blocks=[_block(config, layer) for layer in range(config.layers)],
-            norm_eps=config.norm_eps,
+            norm=RMSNorm(config.width, config.norm_eps),
             rope=config.rope,
             tied=False,
             init=init_table(config),

@@ -13,6 +13,7 @@ from paraxis.models.attention import Attention
 from paraxis.models.decoder import Block, Decoder
 from paraxis.models.init import Init, InitTable, Normal
 from paraxis.models.mlp import MLP
+from paraxis.ops.norm import RMSNorm
 from paraxis.ops.rope import RopeConfig
 
 # Our parameter names beside Hugging Face's.
@@ -118,7 +119,7 @@ def build_decoder(kind: type[Decoder], config: LlamaConfig, blocks: Sequence[Blo
         vocab_size=config.vocab_size,
         width=config.width,
         blocks=blocks,
-        norm_eps=config.norm_eps,
+        norm=RMSNorm(config.width, config.norm_eps),
         rope=config.rope,
         tied=config.tied,
         init=init,

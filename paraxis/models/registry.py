@@ -5,17 +5,19 @@ from dataclasses import asdict, is_dataclass
 from typing import Any, get_type_hints
 
 from paraxis.base.errors import CheckpointError, ConfigError
-from paraxis.models import deepseek_hf, llama_hf, mistral_hf, qwen2_hf, qwen3_hf
+from paraxis.models import deepseek_hf, gpt_hf, llama_hf, mistral_hf, qwen2_hf, qwen3_hf
 from paraxis.models.deepseek import DeepSeekConfig
+from paraxis.models.gpt import GPTConfig
 from paraxis.models.llama import LlamaConfig
 from paraxis.models.mistral import MistralConfig
 from paraxis.models.qwen2 import Qwen2Config
 from paraxis.models.qwen3 import Qwen3Config, Qwen3MoEConfig
 
-Known = LlamaConfig | DeepSeekConfig
+Known = LlamaConfig | DeepSeekConfig | GPTConfig
 
 MODELS: dict[str, type[Known]] = {
     "deepseek": DeepSeekConfig,
+    "gpt": GPTConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
@@ -27,6 +29,7 @@ MODELS: dict[str, type[Known]] = {
 FROM_HF: dict[str, Callable[[Mapping[str, Any]], Known]] = {
     "deepseek_v2": deepseek_hf.config_from_hf,
     "deepseek_v3": deepseek_hf.config_from_hf,
+    "gpt2": gpt_hf.config_from_hf,
     "llama": llama_hf.config_from_hf,
     "mistral": mistral_hf.config_from_hf,
     "qwen2": qwen2_hf.config_from_hf,
@@ -35,6 +38,7 @@ FROM_HF: dict[str, Callable[[Mapping[str, Any]], Known]] = {
 }
 TO_HF: dict[type, Callable[[Any], dict[str, Any]]] = {
     DeepSeekConfig: deepseek_hf.config_to_hf,
+    GPTConfig: gpt_hf.config_to_hf,
     LlamaConfig: llama_hf.config_to_hf,
     MistralConfig: mistral_hf.config_to_hf,
     Qwen2Config: qwen2_hf.config_to_hf,

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,14 +65,16 @@ class RunFolder:
 class RunLock:
     """Holds a run folder; also a context manager. One process of a run takes it: the one that writes metrics and checkpoints.
 
-    The lock is the kernel's (flock), so that a killed holder never leaves it behind; `lock` only says who holds it.
+    The lock is the kernel's (flock), so that a killed holder never leaves it behind; `lock` only says who holds it. A run that
+    was refused before it wrote anything takes the file, and the folder if it made it, away again.
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        path = folder.path / "lock"
+        self._folder, self._file = folder.path, folder.path / "lock"
         try:
+            self._made_folder = not folder.path.exists()
             folder.path.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise _unwritable(folder.path, error) from error
         try:
@@ -79,7 +82,7 @@ class RunLock:
             os.ftruncate(self._descriptor, 0)
             os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
-            os.close(self._descriptor)
+            self.release()
             raise _unwritable(folder.path, error) from error
         except StorageError:
             os.close(self._descriptor)
@@ -95,12 +98,27 @@ class RunLock:
             ) from error
         except OSError as error:  # some cluster file systems are mounted without locks
             log.warning("%s cannot be locked (%s): take care that no second run writes to it", path, error.strerror)
+        if not self._is_in_place():
+            raise StorageError(f"run folder {path} was left by another run just now; start again")
+
+    def _is_in_place(self) -> bool:
+        """Whether the file that is held is still the one that others find."""
+        try:
+            return os.path.samestat(os.stat(self._file), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Lets another process hold the folder. Calling it again does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self._descriptor < 0:
+            return
+        with suppress(OSError):
+            if os.listdir(self._folder) == [self._file.name]:
+                self._file.unlink()
+                if self._made_folder:
+                    self._folder.rmdir()
+        os.close(self._descriptor)
+        self._descriptor = -1
 
     def __enter__(self) -> "RunLock":
         return self

@@ -43,7 +43,7 @@ class Optimizer:
         self._updates = torch.zeros((), dtype=torch.float32, device=device.torch)
         self._state = {
             state: {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in parameters.items()}
-            for state in _state_names(config)
+            for state in state_names(config)
         }
         self._groups: list[_Group] = []
         for group, names in groups.items():
@@ -81,7 +81,8 @@ class Optimizer:
         self._updates.fill_(counters["updates"])
 
 
-def _state_names(config: OptimConfig) -> tuple[str, ...]:
+def state_names(config: OptimConfig) -> tuple[str, ...]:
+    """What the optimizer keeps of each parameter, in its shape and dtype."""
     if config.name == "adamw":
         return ("exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if config.momentum else ()

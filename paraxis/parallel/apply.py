@@ -13,21 +13,26 @@ from paraxis.base.seams import HasHeadLoss, routed_layers
 from paraxis.base.strategy import Strategy
 from paraxis.ops.loss import chunked_head_loss
 from paraxis.parallel.collectives import sum_over
+from paraxis.parallel.copies import Copies, make_room_for_copies
 from paraxis.parallel.expert import ExpertDispatch
 from paraxis.parallel.fsdp import shard_parameters
 from paraxis.parallel.grads import Shard
+from paraxis.parallel.lowp import convert_linears
+from paraxis.parallel.lowp_gather import gather_in_float8
 from paraxis.parallel.mesh import Mesh
-from paraxis.parallel.remat import checkpoint_blocks
+from paraxis.parallel.remat import Kept, checkpoint_blocks, kept_by
 from paraxis.parallel.tensor import shard_tensors
 from paraxis.parallel.vocabulary import VocabularyParallelLoss
 
 Fill = Callable[[Tensor, Placed], None]
+Keep = Callable[[nn.Module], Sequence[Kept]]
 
 
-def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill) -> list[Shard]:
+def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill, keep: Keep | None = None) -> list[Shard]:
     """Spreads a model, or one stage of it, built on the meta device over the mesh and gives its parameters their first values.
 
-    `fill(local, placed)` writes this rank's stored part of one parameter. Returns the parameters in model order.
+    `fill(local, placed)` writes this rank's stored part of one parameter; `keep(model)`, where the strategy leaves that open, says what
+    each block keeps for backward, and may run the model with fake tensors. Returns the parameters in model order.
     Raises ConfigError where a split does not divide a parameter.
     """
     layout: Any = getattr(model, "layout", {})
@@ -37,16 +42,31 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill) ->
     placed = {
         name: place(name, tuple(p.shape), layout, degrees, mesh.at, frozen=not p.requires_grad) for name, p in model.named_parameters()
     }
-    shard_tensors(model, layout, placed, mesh, overlap=strategy.async_tp)
-    exchange(model, mesh)
+    shard_tensors(model, layout, placed, mesh, sequence=strategy.sequence_parallel, overlap=strategy.async_tp)
     if isinstance(model, HasHeadLoss):
         fused = strategy.compile == "inductor"
-        model.use_head_loss(VocabularyParallelLoss(mesh.tp, fused) if degrees.tp > 1 else partial(chunked_head_loss, compiled=fused))
-    checkpoint_blocks(blocks, strategy.remat)
+        split = partial(VocabularyParallelLoss, mesh.tp, sequence=strategy.sequence_parallel, compiled=fused)
+        model.use_head_loss(split() if degrees.tp > 1 else partial(chunked_head_loss, compiled=fused))
+    products: list[list[str]] = []
+    if strategy.float8 is not None:
+        products = convert_linears(model, layout, strategy.float8)  # after tensor parallelism, whose parts are what is multiplied
+    kept = kept_by(strategy.remat, len(blocks)) if keep is None else keep(model)
+    exchange(model, mesh)
+    checkpoint_blocks(blocks, kept)
     compile_blocks(blocks, strategy.compile, whole=degrees.cp == 1)  # after recomputation, which it then sees; before FSDP's eager hooks
-    shard_parameters(model, blocks, mesh, strategy.precision, strategy.reshard, placed)
+    alone = degrees.shards == degrees.dp == 1 and not strategy.reshard
+    if not alone:
+        shard_parameters(model, blocks, mesh, strategy.precision, strategy.reshard, placed)
     model.to_empty(device=mesh.world.device.torch)
-    return [_filled(parameter, placed[name], fill) for name, parameter in model.named_parameters()]
+    stored = dict(model.named_parameters())
+    if alone:
+        make_room_for_copies(model, strategy.precision.compute)
+    if strategy.float8 is not None and strategy.float8.gathered and not alone:
+        gather_in_float8(model, products, mesh, strategy.precision.compute, compiled=strategy.compile == "inductor")
+    shards = [_filled(parameter, stored[name], placed[name], fill) for name, parameter in model.named_parameters()]
+    if alone:
+        Copies(model, shards)
+    return shards
 
 
 def exchange(model: nn.Module, mesh: Mesh) -> None:
@@ -72,10 +92,10 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str, whole: bool) -> No
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=whole and not opaque, dynamic=False)
 
 
-def _filled(parameter: nn.Parameter, placed: Placed, fill: Fill) -> Shard:
+def _filled(parameter: nn.Parameter, stored: nn.Parameter, placed: Placed, fill: Fill) -> Shard:
     with torch.no_grad():
-        stored = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
-        local = nn.Parameter(stored, requires_grad=parameter.requires_grad)
+        part = stored.to_local() if isinstance(stored, DTensor) else stored.detach()
+        local = nn.Parameter(part, requires_grad=parameter.requires_grad)
         assert tuple(local.shape) == placed.stored.sizes, (placed, local.shape)
         if local.numel():
             fill(local, placed)

@@ -30,6 +30,10 @@ def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     return functional.wait_tensor(_reduce_scatter_first(parts.contiguous(), "sum", 0, group))
 
 
+def _all_reduce(x: Tensor, group: Group) -> Tensor:
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
@@ -52,6 +56,17 @@ class _Scatter(torch.autograd.Function):
         return _all_gather(grad, ctx.group), None
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _all_reduce(grad, ctx.group), None
+
+
 def gather_sequence(x: Tensor, group: Group) -> Tensor:
     """[b, t/n, ...] to [b, t, ...]: every rank's positions in order. Backward sums the ranks' gradients and keeps this rank's part."""
     return _Gather.apply(x, group)
@@ -60,6 +75,11 @@ def gather_sequence(x: Tensor, group: Group) -> Tensor:
 def sum_and_scatter_sequence(x: Tensor, group: Group) -> Tensor:
     """[b, t, ...] to [b, t/n, ...]: the ranks' tensors summed, this rank's positions kept. Backward gathers."""
     return _Scatter.apply(x, group)
+
+
+def sum_summands(x: Tensor, group: Group) -> Tensor:
+    """The ranks' tensors summed, on every rank. Each rank's gradient is a summand too, of which backward makes the sum."""
+    return _Sum.apply(x, group)
 
 
 def shift(x: Tensor, by: int, group: Group) -> Tensor:

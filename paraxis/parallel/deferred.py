@@ -49,6 +49,7 @@ class _Linear(torch.autograd.Function):
 def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, owed: OwedGradients | None) -> Tensor | None:
     """The gradient of a linear layer's weight, of its input and its output's gradient; or None, and it is owed."""
 
+    @torch.no_grad()  # an owed one is made outside autograd
     def product() -> Tensor:
         return grad.flatten(0, -2).t() @ x.flatten(0, -2)
 

@@ -1,19 +1,22 @@
-"""Sharded and replicated data parallelism, and mixed precision: every parameter passes through FSDP2, on meshes of one too.
+"""Sharded and replicated data parallelism, and mixed precision, by FSDP2; parameters that one rank has to itself are copies.py's.
 
 Gradients are summed, not averaged: the loss is already divided by the step's global count of targets.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import ExtensionsData
 from torch.distributed.tensor import Shard as ShardAlong
 
 from paraxis.base.dtypes import Precision
 from paraxis.base.layout import Placed
 from paraxis.base.seams import routed_layers
+from paraxis.parallel.copies import Copies
 from paraxis.parallel.mesh import Mesh
 
 
@@ -53,12 +56,48 @@ def fsdp_units(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+class Gathering(Protocol):
+    """How one parameter is gathered: `send` gives what travels of this rank's part, `receive` makes the parameter of what has arrived.
+
+    `receive` is given the parameter that it made before, to fill again; it returns one with the storage that FSDP may free.
+    """
+
+    def send(self) -> Tensor: ...
+
+    def receive(self, arrived: Tensor, before: Tensor | None) -> Tensor: ...
+
+
+def gather_by(model: nn.Module, ways: Mapping[nn.Parameter, Gathering]) -> None:
+    """Gathers these parameters, sharded already and not on the meta device, in their own ways.
+
+    The one front for what FSDP2 asks of a stored part that has its own way: two methods, found by their names.
+    """
+    for group in _groups(model):
+        for held in group.fsdp_params:
+            if held.sharded_param in ways:
+                held._extensions_data = ExtensionsData()
+                stored = held.sharded_param._local_tensor
+                stored.fsdp_pre_all_gather, stored.fsdp_post_all_gather = _hooks(ways[held.sharded_param])
+
+
+def _hooks(way: Gathering) -> tuple[Any, Any]:
+    def send(mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
+        return (way.send(),), None
+
+    def receive(arrived: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None) -> Any:
+        made = way.receive(arrived[0], out)
+        return None if out is not None else (made, arrived)
+
+    return send, receive
+
+
 def reduce_now(model: nn.Module, last: bool, each_micro_batch: bool) -> None:
     """Says, before a micro-batch's backward, whether its gradients travel: on the `last` always, before it only if each one shall.
 
-    Replicas (dp) are summed once, after the last, in either case.
+    Replicas (dp) are summed once, after the last, in either case. A model whose parameters are one rank's own has nothing to travel.
     """
-    assert isinstance(model, FSDPModule)
+    if not isinstance(model, FSDPModule):
+        return
     model.set_requires_gradient_sync(last or each_micro_batch)
     model.set_requires_all_reduce(last)
     model.set_is_last_backward(last)
@@ -77,11 +116,13 @@ class PipelineReduction:
 
     def before_backward(self, module: nn.Module, last: bool) -> None:
         reduce_now(module, last, self.each_micro_batch)
-        assert isinstance(module, FSDPModule)
-        module.set_reshard_after_backward(last or self.reshard)
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_backward(last or self.reshard)
 
     def gradients_added(self, module: nn.Module) -> None:
         """Gradients were made outside a backward: they join those of the micro-batches before, in the reduce dtype."""
+        if isinstance(copies := getattr(module, "copies", None), Copies):
+            copies.take()
         for group in _groups(module):
             for parameter in group.fsdp_params:
                 parameter.accumulate_unsharded_grad_if_needed()
@@ -92,8 +133,8 @@ class PipelineReduction:
         self.before_backward(module, last=True)
         for group in _groups(module):
             group.post_backward()
-        assert isinstance(module, FSDPModule)
-        module._get_fsdp_state()._root_post_backward_final_callback()
+        if isinstance(module, FSDPModule):
+            module._get_fsdp_state()._root_post_backward_final_callback()
 
 
 def _groups(module: nn.Module) -> list[Any]:

@@ -5,7 +5,6 @@ Every rank holds disjoint parts of most parameters and copies of a few; a copy c
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +18,21 @@ from paraxis.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Shard:
-    """One parameter on this rank: where it lives, FSDP's parameter, and `local`, a plain view of the stored part."""
+    """One parameter on this rank: where it lives, the model's parameter, and `local`, a plain tensor of the stored part: the master."""
 
     placed: Placed
-    parameter: nn.Parameter  # a DTensor over (dp, fsdp), whose gradient FSDP fills; a plain tensor where it is frozen
+    parameter: nn.Parameter  # a DTensor over (dp, fsdp), whose gradient FSDP fills; a plain tensor where ranks share none, or it is frozen
     local: nn.Parameter
 
     def take_gradient(self) -> None:
-        """Hands FSDP's gradient of this part to `local`, where the optimizer looks for it; zero where nothing came."""
+        """Hands the gradient of this part to `local`, where the optimizer looks for it; zero where nothing came."""
         if self.placed.frozen:
             return
         grad = self.parameter.grad
-        self.local.grad = torch.zeros_like(self.local) if grad is None else cast(DTensor, grad).to_local()
+        if grad is not None:
+            self.local.grad = grad.to_local() if isinstance(grad, DTensor) else grad
+        elif self.local.grad is None:  # of a copy, the master has it already
+            self.local.grad = torch.zeros_like(self.local)
 
     def drop_gradient(self) -> None:
         self.parameter.grad = None

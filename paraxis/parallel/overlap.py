@@ -103,7 +103,7 @@ def read_while_gathering(module: nn.Module, readers: Sequence[str], group: Group
     for name in readers:
         layer: Any = getattr(module, name)
         layer.owed = None
-        layer.forward = types.MethodType(_handing_out(name), layer)
+        layer.forward = types.MethodType(handing_out(name), layer)
     module.register_forward_pre_hook(_GatherProducts(tuple(readers), group))
 
 
@@ -119,7 +119,9 @@ class _GatherProducts:
         return (dict(zip(self.readers, products, strict=True)), *args[1:])
 
 
-def _handing_out(name: str) -> Any:
+def handing_out(name: str) -> Any:
+    """Forward of a layer that is called with the products of all that read one input, and gives its own, with its bias."""
+
     def forward(layer: nn.Linear, products: Mapping[str, Tensor]) -> Tensor:
         return products[name] if layer.bias is None else products[name] + layer.bias
 

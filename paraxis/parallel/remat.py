@@ -3,15 +3,21 @@
 Source: Chen et al. 2016, "Training deep nets with sublinear memory cost"; selective form: Korthikanti et al. 2022, section 5.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from paraxis.base.strategy import RematConfig
+from paraxis.parallel.knapsack import Call
+from paraxis.parallel.tabulate import call_name
+
+# What one block keeps: everything (None), what is costly, or these calls' outputs alone.
+Kept = Literal["costly"] | tuple[Call, ...] | None
 
 _aten = torch.ops.aten
 
@@ -25,7 +31,9 @@ KEPT: set[Any] = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
     _aten._grouped_mm.default,
+    _aten._scaled_mm.default,
 }
 if hasattr(torch.ops.higher_order, "flex_attention"):
     KEPT.add(torch.ops.higher_order.flex_attention)
@@ -39,16 +47,38 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def checkpoint_blocks(blocks: Iterable[nn.Module], config: RematConfig) -> None:
-    """Makes every `config.every`-th block recompute in backward what `config.mode` does not keep."""
-    if config.mode == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if config.mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    for number, block in enumerate(blocks):
-        if number % config.every == 0:
-            block.forward = _recomputed(block.forward, options)
+def _contexts(kept: tuple[Call, ...]) -> Any:
+    """Contexts for one forward and its recomputation that keep the outputs of these calls."""
+    calls: Counter[tuple[bool, str]] = Counter()
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        family = call_name(operator)
+        if family is None:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        place = context.is_recompute, family  # torch 2.11 asks again while it recomputes
+        calls[place] += 1
+        return CheckpointPolicy.MUST_SAVE if (family, calls[place] - 1) in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def kept_by(config: RematConfig, blocks: int) -> list[Kept]:
+    """What each of `blocks` keeps by a mode that says so for all alike."""
+    modes: dict[str, Kept] = {"none": None, "selective": "costly", "full": ()}
+    return [modes[config.mode] if number % config.every == 0 else None for number in range(blocks)]
+
+
+def checkpoint_blocks(blocks: Sequence[nn.Module], kept: Sequence[Kept]) -> None:
+    """Makes each block recompute in backward what it does not keep."""
+    for block, what in zip(blocks, kept, strict=True):
+        if what is None:
+            continue
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if what == "costly":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        elif what:
+            options["context_fn"] = partial(_contexts, what)
+        block.forward = _recomputed(block.forward, options)
 
 
 def _recomputed(forward: Any, options: dict[str, Any]) -> Any:

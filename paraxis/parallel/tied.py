@@ -45,7 +45,7 @@ class TiedCopies:
     def follow(self) -> None:
         """Copies what the optimizer, or a checkpoint, has made of the first copies to the second ones."""
         for shard, mirror in zip(self.own, self.mirrors, strict=bool(self.mirrors)):
-            mirror.local.data.copy_(shard.local.data)
+            mirror.local.detach().copy_(shard.local.detach())
             mirror.drop_gradient()
 
     def _exchanged(self, flat: Tensor) -> Tensor:

@@ -12,14 +12,17 @@ from paraxis.parallel.collectives import gather_sequence, max_over, sum_over
 
 
 class VocabularyParallelLoss:
-    """A HeadLoss for ranks whose x is [b, t/n, m] and whose weight holds v/n vocabulary rows; every rank returns the whole loss."""
+    """A HeadLoss for ranks whose weight holds v/n vocabulary rows; every rank returns the whole loss.
 
-    def __init__(self, group: dist.ProcessGroup, compiled: bool) -> None:
-        self.group, self.compiled = group, compiled
+    Their x is [b, t/n, m] under `sequence` parallelism, else [b, t, m], of whose gradient each rank then makes a summand.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, sequence: bool, compiled: bool) -> None:
+        self.group, self.sequence, self.compiled = group, sequence, compiled
 
     def __call__(self, x_btm: Tensor, weight_vm: Tensor, targets_bt: Tensor) -> Tensor:
         first = self.group.rank() * weight_vm.shape[0]
-        whole_btm = gather_sequence(x_btm, self.group)
+        whole_btm = gather_sequence(x_btm, self.group) if self.sequence else x_btm
         return chunked_head_loss(whole_btm, weight_vm, targets_bt, compiled=self.compiled, first=first, merge=self._merge)
 
     def _merge(self, lse_n: Tensor, picked_n: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 import json
 import os
 import platform
+import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from paraxis.base.device import Device
 from paraxis.base.env import Environment
+from paraxis.base.forked import Forked
 
 FIRST_STEP_TIMEOUT = timedelta(minutes=10)  # compilation and the first collectives of large worlds take their time
 STEP_TIMEOUT = timedelta(minutes=5)  # afterwards a silent peer is a dead one
@@ -32,11 +33,11 @@ def visible_devices() -> int:
 
 
 def can_be_copied() -> bool:
-    """Whether forked copies of this process can use GPUs: not once the CUDA driver is in it, which asking for devices may have done."""
-    try:
-        return "libcuda.so" not in Path("/proc/self/maps").read_text(errors="replace")
-    except OSError:  # not Linux
+    """Whether forked copies of this process can use GPUs, asked of one: not once CUDA was initialised here, which counting GPUs may do."""
+    if sys.platform != "linux":
         return False
+    copy = Forked(lambda: int(torch.cuda._is_in_bad_fork()))
+    return copy.wait() == 0
 
 
 def this_device(local_rank: int) -> Device:

@@ -5,7 +5,7 @@ They are fitted point by point, for the first and last blocks of every pass, and
 between are linear in their place. Only then the maximum is taken: fitted itself, it would be wrong where it moves to another place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from paraxis.base.axes import AXES, Degrees
+from paraxis.base.schedule import most_in_flight
 from paraxis.parallel.world import World
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.trace import CATEGORIES, Trace, trace_step
 from paraxis.train.choose import build_strategy
 from paraxis.train.config import RunConfig
 from paraxis.train.run import on_meta
-from paraxis.train.stages import Stages, build_stages
+from paraxis.train.stages import Stages, build_order, build_stages
 
 Held = NDArray[np.int64]  # bytes by category (columns, as CATEGORIES) after each event (rows)
 
@@ -56,33 +57,83 @@ class Peak:
 
 def exact_peak(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Peak:
     """The peak of the whole model's step. Raises ConfigError for what cannot run."""
-    trace = trace_step(config, ranks, rank, device)
-    return replace(peak(passes(trace)), reserved=trace.reserved)
+    return sketch(config, ranks, rank, device, exact=True).peak()
 
 
 def predict_peak(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Peak:
     """As `exact_peak`, from steps of a few blocks where blocks are alike. Raises ConfigError for what cannot run."""
+    return sketch(config, ranks, rank, device).peak()
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """One rank's step, traced with few blocks: `base`, and `more[s]` with one block more in the rank's s-th stage.
+
+    `layers` are those that the rank's stages really have, `traced` those in `base`; the first `leading` blocks are not like the others.
+    """
+
+    base: Trace
+    more: Mapping[int, Trace]
+    layers: Sequence[int]
+    traced: Sequence[int]
+    leading: int
+
+    def peak(self) -> Peak:
+        """Where the step holds the most. What is reserved beyond that, in holes and page ends, is taken to be what it is in `base`."""
+        base = passes(self.base)
+        found = peak(extended(base, {stage: passes(trace) for stage, trace in self.more.items()}, self.layers, self.leading + EDGE))
+        return replace(found, reserved=found.bytes + self.base.reserved - peak(base).bytes)
+
+
+def sketch(config: RunConfig, ranks: int, rank: int, device: PretendedDevice, *, exact: bool = False) -> Sketch:
+    """Traces rank `rank` of `ranks`; all of its blocks if `exact`, or where blocks differ. Raises ConfigError for what cannot run."""
     degrees = config.parallel.degrees.filling(ranks)
     whole = on_meta(config)
     stages = build_stages(config, degrees, whole)
     at = coordinates(rank, degrees)
     settled = settle(config, World(rank, ranks, 0, device, dist.HashStore()), at, stages, whole)
+    settled = with_fewer_micro_batches(settled, degrees, stages)
     layers = [len(own) for own in stages.layers] if stages else [len(whole.blocks())]  # type: ignore[arg-type,operator]
     own = [n for n, holder in enumerate(stages.schedule.rank_of) if holder == at["pp"]] if stages else [0]
+    held = [layers[stage] for stage in own]
     leading = different_at_first(whole)
-    if leading is None or config.remat.every > 1 or (leading and stages):
-        return exact_peak(settled, ranks, rank, device)
+    mixed = config.remat.every > 1 or config.remat.mode in ("budget", "auto")  # blocks do not all keep the same
+    if exact or mixed or leading is None or (leading and stages):
+        counts = layers if stages else None
+        return Sketch(trace_step(with_layers(settled, counts) if counts else settled, ranks, rank, device), {}, held, held, leading or 0)
+    assert leading is not None
     few = leading + 2 * EDGE - 1
     small = [min(count, few) if stage in own else 1 for stage, count in enumerate(layers)]
 
-    def traced(counts: Sequence[int]) -> list[Pass]:
-        return passes(trace_step(with_layers(settled, counts), ranks, rank, device))
+    def traced(counts: Sequence[int]) -> Trace:
+        return trace_step(with_layers(settled, counts), ranks, rank, device)
 
     base, more = traced(small), {}
     for place, stage in enumerate(own):
         if layers[stage] > small[stage]:
             more[place] = traced([count + (number == stage) for number, count in enumerate(small)])
-    return peak(extended(base, more, [layers[stage] for stage in own], leading + EDGE))
+    return Sketch(base, more, held, [small[stage] for stage in own], leading)
+
+
+def with_fewer_micro_batches(config: RunConfig, degrees: Degrees, stages: Stages | None) -> RunConfig:
+    """The same run with as few micro-batches as show what every one of them meets: a first, a last and one between; in a pipeline, enough
+    that each rank keeps as many at once as in the whole step."""
+    rows = config.rows_per_step(degrees) // (degrees.data_ranks * config.train.micro_batch)
+
+    def with_number(number: int) -> RunConfig:
+        parallel = replace(config.parallel, microbatches=number)
+        return replace(config, train=replace(config.train, global_tokens=0), parallel=parallel)
+
+    if stages is None:
+        return with_number(min(rows, 3))
+    if config.parallel.schedule.endswith(".csv"):
+        return config
+    wanted = most_in_flight(stages.schedule)
+    for number in range(2 * degrees.pp, rows, degrees.pp):
+        fewer = with_number(number)
+        if most_in_flight(build_order(fewer, degrees)) == wanted:
+            return fewer
+    return config
 
 
 def coordinates(rank: int, degrees: Degrees) -> dict[str, int]:

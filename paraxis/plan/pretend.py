@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from paraxis.base.device import Device
+from paraxis.base.replaced import replaced
 from paraxis.base.seams import Dispatch
 from paraxis.models import init
+from paraxis.parallel.collectives import functional
 from paraxis.parallel.world import World
 
 PRETENDED = torch.device("cpu", 0)
@@ -30,21 +32,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 _aten = torch.ops.aten
 _composite_attention = F.scaled_dot_product_attention
+composite_rms_norm = F.rms_norm
 _addmm_of_one_dtype = torch.addmm
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """While inside, `owner.name` is `value`."""
-    own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)  # what it inherits shows again
 
 
 @dataclass(frozen=True)
@@ -88,8 +77,23 @@ class PretendedMemory(TorchDispatchMode):
         """An operator has returned `out`."""
 
 
+class _FusedRmsNorm(torch.autograd.Function):
+    """What CUDA's kernel leaves behind, forward and backward, from operators that move as many bytes."""
+
+    @staticmethod
+    def forward(ctx, x, weight):  # type: ignore[override]
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        x, weight, _ = ctx.saved_tensors
+        return grad * x, grad.flatten(0, -2).sum(0).to(weight.dtype)
+
+
 def _rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor | None = None, eps: float | None = None) -> torch.Tensor:
-    return _aten._fused_rms_norm(x, list(shape), weight, eps)[0]
+    fused = weight is not None and x.dtype == weight.dtype and x.dtype != torch.float64
+    return _FusedRmsNorm.apply(x, weight) if fused else composite_rms_norm(x, shape, weight, eps)
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -121,6 +125,11 @@ class EvenDispatch:
             return self.dispatch(x_sm, counts_e, experts)
 
 
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    """What a collective has begun to fill: wrapped, it would be another tensor, with memory of its own and nothing to wait for."""
+    return x
+
+
 class _Event:
     """What StepReport asks of a CUDA event, whose real one wants a driver."""
 
@@ -136,6 +145,7 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (F, "rms_norm", _rms_norm),
     (F, "scaled_dot_product_attention", _attention),
     (torch, "addmm", _addmm),
+    (functional, "_maybe_wrap_tensor", _as_it_is),
     (torch.cuda, "Event", _Event),
     (FakeTensor, "is_cuda", property(lambda x: x.device == PRETENDED)),
     (init, "fill_", _no_values),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,13 +14,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from paraxis.base.axes import Degrees
 from paraxis.base.dtypes import precision
-from paraxis.base.errors import ConfigError
+from paraxis.base.schedule import Action
 from paraxis.base.seams import Batch
 from paraxis.parallel.expert import ExpertDispatch
 from paraxis.parallel.fsdp import fsdp_units
 from paraxis.plan.allocator import reserved_bytes
+from paraxis.plan.compiled import pretending_to_compile
+from paraxis.plan.fusion import COMPILED, last_uses, merged
+from paraxis.plan.operators import Operator, describe
 from paraxis.plan.pretend import PRETENDED, EvenDispatch, PretendedDevice, PretendedMemory, pretended_world, replaced
+from paraxis.plan.watch import watching
 from paraxis.train.config import RunConfig
 from paraxis.train.run import Run, assemble
 from paraxis.train.stages import build_order
@@ -41,12 +47,24 @@ _STREAM = {"c10d::_allgather_base_": 1, "c10d::_reduce_scatter_base_": 2}
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a step, from event `start` on. `block` counts those of this rank's `stage`-th stage; -1 outside blocks."""
+    """A stretch of a step, from event `start` and operator `operator` on. `block` counts those of this rank's `stage`-th stage; -1
+    outside blocks."""
 
     kind: str
     start: int
     stage: int = 0
     block: int = -1
+    operator: int = 0
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in the list of operators: where the `passes` begin, each micro-batch's forward (`batch`), each `action` of a pipeline, and
+    the `tail` after the last."""
+
+    kind: str
+    operator: int
+    action: Action | None = None
 
 
 @dataclass
@@ -54,7 +72,7 @@ class Trace:
     """A step as a list of events: at each, an allocation (a number) grows or shrinks by so many bytes.
 
     `before` has the bytes of each allocation that the step finds, `category` what each allocation is for, `stream` the CUDA stream it
-    was made on, where that is not the one that computes (0).
+    was made on, where that is not the one that computes (0). `operators` is what the device is asked for, in order, with `marks` in it.
     """
 
     before: dict[int, int] = field(default_factory=dict)
@@ -62,6 +80,8 @@ class Trace:
     category: list[str] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     stream: dict[int, int] = field(default_factory=dict)
+    operators: list[Operator] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
 
     @property
     def reserved(self) -> int:
@@ -77,6 +97,8 @@ class Recorder(PretendedMemory):
         super().__init__()
         self.trace = Trace()
         self.default = "other"
+        self.lane = "compute"
+        self.follows = False  # whether operators are noted, not only allocations
         self._held: dict[int, tuple[int, int]] = {}  # by storage: the allocation and its bytes
         self._watched: dict[int, weakref.ref[Any]] = {}
 
@@ -98,9 +120,19 @@ class Recorder(PretendedMemory):
         if (said := _SAYS.get(func.name())) is not None:
             place, category = said
             self.call(category, tree_leaves(args[place]), only="activations")
-        if (stream := _STREAM.get(func.name())) is not None and (number := self._number(args[0])) is not None:
+        if (stream := _STREAM.get(func.name())) is not None and (number := self.number(args[0])) is not None:
             self.trace.stream[number] = stream
+        if self.follows and (operator := describe(func, args, kwargs or {}, out, self.number, self.lane)) is not None:
+            self.note(operator)
         return out
+
+    def note(self, operator: Operator) -> None:
+        """The device is asked for something."""
+        self.trace.operators.append(operator)
+
+    def mark(self, kind: str, action: Action | None = None) -> None:
+        """Something begins."""
+        self.trace.marks.append(Mark(kind, len(self.trace.operators), action))
 
     def made(self, out: Any) -> None:
         for x in tree_leaves(out):
@@ -110,11 +142,11 @@ class Recorder(PretendedMemory):
     def call(self, category: str, tensors: Any, only: str | None = None) -> None:
         """Says what `tensors` are for, from the time they were made."""
         for x in tensors:
-            number = self._number(x.to_local() if isinstance(x, DTensor) else x)
+            number = self.number(x.to_local() if isinstance(x, DTensor) else x)
             if number is not None and (only is None or self.trace.category[number] == only):
                 self.trace.category[number] = category
 
-    def _number(self, x: Any) -> int | None:
+    def number(self, x: Any) -> int | None:
         """Which allocation a tensor lies in; None for the host's."""
         held = self._held.get(x.untyped_storage()._cdata) if self.holds(x) else None
         return None if held is None else held[0]
@@ -123,15 +155,17 @@ class Recorder(PretendedMemory):
         """The step begins: what is held now it finds."""
         self.trace.before = dict(self._held.values())
         self.trace.events.clear()
+        self.follows = True
 
     def stop(self) -> Trace:
         """What was recorded; what happens from now on is not."""
-        trace, self.trace = self.trace, replace(self.trace, events=[])
+        trace, self.trace = self.trace, replace(self.trace, events=[], operators=[])
+        self.follows = False
         return trace
 
     def enter(self, kind: str, stage: int = 0, block: int = -1) -> None:
         """A phase begins."""
-        self.trace.phases.append(Phase(kind, len(self.trace.events), stage, block))
+        self.trace.phases.append(Phase(kind, len(self.trace.events), stage, block, len(self.trace.operators)))
 
     def _set(self, storage: torch.UntypedStorage, category: str | None) -> None:
         """Notes a storage's size. An empty one that grows is a new allocation."""
@@ -156,13 +190,16 @@ class Recorder(PretendedMemory):
 def trace_step(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Trace:
     """The second training step of rank `rank` of `ranks`; the first makes what steps keep between them.
 
+    Where documents are kept apart, a row is taken for one document: the most that attention can take.
     Raises ConfigError for what cannot run.
     """
-    if config.compile != "none":
-        raise ConfigError(f"compile={config.compile} cannot be traced for memory; set compile=none")
-    if getattr(config.data, "document_mask", False):
-        raise ConfigError("data.document_mask=true cannot be traced: what it costs depends on the documents; leave it out")
-    with pretended_world(ranks, rank, device) as world, Recorder() as recorder, recorder.sees_resizes():
+    assert config.compile != "auto", "memory.settle has chosen"
+    with (
+        pretended_world(ranks, rank, device) as world,
+        pretending_to_compile(config.compile),
+        Recorder() as recorder,
+        recorder.sees_resizes(),
+    ):
         run = assemble(config, world, _NoRows(config.model.vocab_size), None)
         for module in run.modules:
             _use_pretended(module)
@@ -174,9 +211,24 @@ def trace_step(config: RunConfig, ranks: int, rank: int, device: PretendedDevice
         recorder.call("optimizer", tree_leaves(run.optimizer.state()))
         train_step(run, _batches(run), lr=1e-3)
         batches = _batches(run)
-        with _marking(run, recorder):
+        with _marking(run, recorder), watching(run, recorder):
             train_step(run, batches, lr=1e-3)
-        return recorder.stop()
+        trace = recorder.stop()
+    return _fused(trace) if config.compile == "inductor" else trace
+
+
+def _fused(trace: Trace) -> Trace:
+    """Without the allocations that are inside a kernel of compiled blocks."""
+    last_use, inside = last_uses(trace.operators), set[int]()
+    for phase, end in zip(trace.phases, [*(p.operator for p in trace.phases[1:]), len(trace.operators)], strict=True):
+        if phase.kind in COMPILED:
+            inside |= merged(trace.operators[phase.operator : end], end, last_use)[1]
+    left = list(accumulate((number not in inside for number, _ in trace.events), initial=0))
+    return replace(
+        trace,
+        events=[event for event in trace.events if event[0] not in inside],
+        phases=[replace(phase, start=left[phase.start]) for phase in trace.phases],
+    )
 
 
 @dataclass
@@ -214,10 +266,16 @@ def _tell_shapes(run: Run) -> None:
     degrees, config = run.mesh.degrees, run.config
     if degrees.pp == 1:
         return
-    shape = [config.train.micro_batch, config.data.seq_len // degrees.cp // degrees.tp, config.model.width]
-    dtype = str(precision(config.precision).compute).removeprefix("torch.")
+    shape, dtype = stage_output(config, degrees)
     for stage in range(build_order(config, degrees).stages):
-        run.world.store.set(f"pipeline/shape/{stage}", json.dumps([shape, dtype]))
+        run.world.store.set(f"pipeline/shape/{stage}", json.dumps([shape, str(dtype).removeprefix("torch.")]))
+
+
+def stage_output(config: RunConfig, degrees: Degrees) -> tuple[list[int], torch.dtype]:
+    """The shape and dtype of what one pipeline stage hands to the next."""
+    tp = degrees.tp if config.parallel.sequence_parallel else 1
+    shape = [config.train.micro_batch, config.data.seq_len // degrees.cp // tp, config.model.width]
+    return shape, precision(config.precision).compute
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from paraxis.recipes import deepseek, llama3, qwen3, small
+from paraxis.recipes import deepseek, gpt, llama3, qwen3, small
 from paraxis.train.config import RunConfig
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "debug": small.debug,
     "demo": small.demo,
+    "gpt2_124m": gpt.gpt2_124m,
     "llama3_1b": llama3.llama3_1b,
     "llama3_3b": llama3.llama3_3b,
     "llama3_8b": llama3.llama3_8b,

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from paraxis.base.env import become_worker, worker_variables
 from paraxis.base.errors import Preempted, TrainingError
+from paraxis.base.forked import STOPS, Forked
 from paraxis.base.processes import die_with
-from paraxis.resilience.forked import STOPS, Forked
 
 GRACE_S = 5.0  # what workers have to leave in once a peer has failed: without it they cannot finish a save
 _POLL_S = 0.05
@@ -160,12 +160,18 @@ def _cause(workers: list[_Worker], first_failed: list[int]) -> int:
             return 3  # how peers of a lost rank end, and those that we stopped
         return 2 if code in (1, -signal.SIGSEGV) else 1  # an accident may be another's; a refusal is a rank's own
 
-    return min(_failed(workers), key=lambda rank: (doubt(workers[rank].returncode), rank not in first_failed))
+    return min(_failed(workers), key=lambda rank: (doubt(_exit_code(workers[rank])), rank not in first_failed))
+
+
+def _exit_code(worker: _Worker) -> int:
+    """Of a worker that has ended."""
+    assert worker.returncode is not None
+    return worker.returncode
 
 
 def _explain(cause: int, workers: list[_Worker], store_path: Path, received: list[int]) -> int:
     """Says why the workers ended as `cause` did, and returns the exit code for it."""
-    code = workers[cause].returncode
+    code = _exit_code(workers[cause])
     if received and code in (-received[0], 128 + received[0], -signal.SIGKILL if _insisted(received) else None):
         code = -received[0]
         words = f"paraxis: stopped by {signal.Signals(received[0]).name} before the workers had saved"

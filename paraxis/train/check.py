@@ -1,17 +1,21 @@
 """What a run cannot be, refused before any process is started."""
 
+from collections.abc import Mapping
 from math import lcm
 
 import torch
 from torch import nn
 
 from paraxis.base.axes import AXES, Degrees
+from paraxis.base.dtypes import float8_recipe, precision
 from paraxis.base.errors import ConfigError
-from paraxis.base.layout import Whole, place
+from paraxis.base.layout import Placed, Whole, place
 from paraxis.base.seams import HasAttention, routed_layers
 from paraxis.parallel.context import kv_copies
+from paraxis.parallel.lowp import refuse_idle_float8
 from paraxis.train.config import RunConfig
-from paraxis.train.stages import build_stages
+from paraxis.train.stages import Stages, build_stages
+from paraxis.train.unsaved import refuse_unsaved_model
 
 
 def check(config: RunConfig, ranks: int) -> None:
@@ -22,18 +26,21 @@ def check(config: RunConfig, ranks: int) -> None:
         model = config.model.build()
     check_sequence(config, degrees, model)
     check_heads(config, degrees)
-    build_stages(config, degrees, model)
+    stages = build_stages(config, degrees, model)
     if degrees.ep > 1 and not routed_layers(model):
         raise ConfigError(f"parallel.ep={degrees.ep} shares out experts, but {type(model).__name__} has none; use ep=1")
-    for name, parameter in model.named_parameters():
-        place(name, tuple(parameter.shape), getattr(model, "layout", {}), degrees, dict.fromkeys(AXES, 0))
+    refuse_unsaved_model(model, degrees)
+    table = getattr(model, "layout", {})
+    first: dict[str, int] = dict.fromkeys(AXES, 0)
+    placed = {name: place(name, tuple(parameter.shape), table, degrees, first) for name, parameter in model.named_parameters()}
+    check_float8(config, degrees, stages, model, placed)
     if ranks > 1 and (name := dropout_of(model)):
         raise ConfigError(f"{name} drops out at random, which differs between layouts; set its probability to 0 or train on one rank")
 
 
 def check_sequence(config: RunConfig, degrees: Degrees, model: nn.Module) -> None:
     """Refuses rows that cp and tp cannot share out, and a model that would not notice."""
-    length, cp, tp = config.data.seq_len, degrees.cp, degrees.tp
+    length, cp, tp = config.data.seq_len, degrees.cp, degrees.tp if config.parallel.sequence_parallel else 1
     unit = lcm(2 * cp, cp * tp) if cp > 1 else tp
     if length % unit:
         below = length // unit * unit
@@ -41,6 +48,12 @@ def check_sequence(config: RunConfig, degrees: Degrees, model: nn.Module) -> Non
         pieces = [f"parallel.cp={cp} cuts every row in {2 * cp} pieces"] if cp > 1 else []
         pieces += [f"parallel.tp={tp} splits {'what a rank has' if cp > 1 else 'every row'} along the sequence"] if tp > 1 else []
         raise ConfigError(f"data.seq_len={length} is not a multiple of {unit}: {', '.join(pieces)}; use {near}, or other degrees")
+    most = getattr(model, "most_positions", None)
+    if most is not None and length > most:
+        raise ConfigError(
+            f"data.seq_len={length} is longer than the {most} positions that {type(model).__name__} learns vectors for; "
+            f"set model.max_seq_len={length}, or shorten the rows"
+        )
     whole = any(isinstance(rule, Whole) for rule in getattr(model, "layout", {}).values())
     if cp > 1 and not (isinstance(model, HasAttention) or whole):
         raise ConfigError(
@@ -86,3 +99,30 @@ def dropout_of(model: nn.Module) -> str | None:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return name
     return None
+
+
+def check_float8(config: RunConfig, degrees: Degrees, stages: Stages | None, model: nn.Module, placed: Mapping[str, Placed]) -> None:
+    """Refuses what float8 products cannot be combined with, numbers of tokens that they cannot multiply, and settings without effect."""
+    recipe = float8_recipe(precision(config.precision), config.float8)
+    if recipe is None:
+        return
+    if recipe.gathered and degrees.shards == 1:
+        raise ConfigError("float8.gather=float8 says nothing where no weight is gathered; raise parallel.fsdp, or leave it out")
+    refuse_idle_float8(model, {name: where.computed.sizes for name, where in placed.items()}, recipe)
+    if config.parallel.async_tp:
+        raise ConfigError(
+            f"parallel.async_tp=True multiplies in bf16 what is on its way, which precision={config.precision} would cast first; "
+            "use async_tp=False, or precision=bf16"
+        )
+    if stages is not None and stages.schedule.splits_backward:
+        raise ConfigError(
+            f"precision={config.precision} makes the gradients of inputs and weights of one cast, but parallel.schedule="
+            f"{stages.schedule.name} makes them at different times; use 1f1b, interleaved, gpipe or bfs, or precision=bf16"
+        )
+    tokens = config.train.micro_batch * config.data.seq_len // degrees.cp
+    if tokens % recipe.multiple:
+        raise ConfigError(
+            f"precision={config.precision} multiplies multiples of {recipe.multiple} tokens, but a rank's micro-batch has {tokens} "
+            f"(train.micro_batch={config.train.micro_batch} x data.seq_len={config.data.seq_len} / parallel.cp={degrees.cp}); "
+            "use other ones, or precision=bf16"
+        )

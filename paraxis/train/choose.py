@@ -8,12 +8,14 @@ from torch import nn
 
 from paraxis.base.axes import Degrees
 from paraxis.base.device import Device
-from paraxis.base.dtypes import Precision, precision
+from paraxis.base.dtypes import Float8, Precision, float8_recipe, precision
+from paraxis.base.errors import ConfigError
 from paraxis.base.layout import place
 from paraxis.base.seams import Attend
 from paraxis.base.strategy import CompileMode, Strategy
 from paraxis.ops.attention import choose_attention
 from paraxis.ops.attention_parts import choose_parts
+from paraxis.ops.lowp import float8_problem
 from paraxis.parallel.context import context_attention
 from paraxis.parallel.mesh import Mesh
 from paraxis.parallel.world import World
@@ -36,8 +38,10 @@ def build_strategy(config: RunConfig, world: World, at: Mapping[str, int], stage
     return Strategy(
         degrees=degrees,
         precision=dtypes,
+        float8=_float8(config, dtypes, world.device),
         remat=config.remat,
         compile=_compile(config, world.device, stages),
+        sequence_parallel=config.parallel.sequence_parallel,
         async_tp=config.parallel.async_tp,
         reshard=_reshard(config, degrees, entries, dtypes, world.device),
         reduce_each_micro_batch=_reduce_each(config, stages, entries, dtypes, world.device),
@@ -60,6 +64,13 @@ def _compile(config: RunConfig, device: Device, stages: Stages | None) -> Compil
     chosen = "inductor" if device.is_cuda else "none"
     log.info("compile: auto chose %s on %s", chosen, device.kind)
     return chosen
+
+
+def _float8(config: RunConfig, dtypes: Precision, device: Device) -> Float8 | None:
+    recipe = float8_recipe(dtypes, config.float8)
+    if recipe is not None and (problem := float8_problem(recipe, device)):
+        raise ConfigError(f"precision={dtypes.name}: {problem}; use precision=bf16, or another float8 precision where the GPU has it")
+    return recipe
 
 
 def _reshard(config: RunConfig, degrees: Degrees, entries: int, dtypes: Precision, device: Device) -> bool:

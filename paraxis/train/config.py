@@ -1,16 +1,18 @@
 """The configuration of a whole run: what a recipe returns, what the command line overrides, what is saved with the run."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from paraxis.base.axes import Degrees
-from paraxis.base.dtypes import precision
+from paraxis.base.dtypes import Float8Config, float8_recipe, precision
 from paraxis.base.errors import ConfigError
 from paraxis.base.strategy import CompileMode, ParallelConfig, RematConfig
 from paraxis.checkpoint.config import CheckpointConfig
 from paraxis.data.config import DataConfig
 from paraxis.observe.config import MetricsConfig, ProfileConfig
 from paraxis.optim.config import OptimConfig
+
+InitParts = Literal["weights", "weights+optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +25,24 @@ class TrainConfig:
     micro_batch: Annotated[int, "rows a data rank puts through the model at a time"] = 1
     deterministic: Annotated[bool, "use deterministic kernels only, and refuse operators that have none"] = False
     bad_steps: Annotated[int, "stop after this many steps in a row whose loss or gradient was not finite (each is skipped)"] = 5
+    init_from: Annotated[
+        str, "weights to begin with: a checkpoint, a run's folder (its newest) or a Hugging Face folder; empty for none"
+    ] = ""
+    init_parts: Annotated[InitParts, "what to take of them: weights, or weights+optimizer"] = "weights"
+    init_skip: Annotated[tuple[str, ...], "names or patterns of tensors that are not taken, or that only one of the two has"] = ()
+    init_resize: Annotated[bool, "where vocabularies differ, take the rows of the ids that both have"] = False
     sample: Annotated[str, "prompt to continue at the end of the run; empty for none"] = ""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("micro_batch", 1), ("global_tokens", 0), ("bad_steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be {least} or more")
+        if not self.init_from and (
+            idle := [n for n in ("init_parts", "init_skip", "init_resize") if getattr(self, n) not in ("weights", (), False)]
+        ):
+            raise ConfigError(
+                f"train.{idle[0]} is about the weights to begin with, but there are none; set train.init_from, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +71,12 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     remat: RematConfig = field(default_factory=RematConfig)
     compile: Annotated[CompileMode, "compile each block: inductor, aot_eager (slow, for tests), none; auto compiles on GPUs"] = "auto"
-    precision: Annotated[str, "fp64, fp32, or bf16 (computes in bf16; keeps weights, gradients and optimizer state in fp32)"] = "bf16"
+    precision: Annotated[
+        str,
+        "fp64, fp32, bf16 (computes in bf16; keeps weights, gradients and optimizer state in fp32), or bf16 with the blocks' linear layers "
+        "in float8: float8_tensorwise, float8_rowwise, float8_blockwise",
+    ] = "bf16"
+    float8: Float8Config = field(default_factory=Float8Config)
     attention: Annotated[str, "attention kernel: auto, or one by name (reference, sdpa, cudnn, flash, flex)"] = "auto"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -65,7 +84,7 @@ class RunConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
-        precision(self.precision)
+        float8_recipe(precision(self.precision), self.float8)  # refuses what is unknown, and settings that say nothing
         if self.checkpoint.keep_best and not self.eval.every:
             raise ConfigError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} goes by the held-out loss, which nothing takes; "

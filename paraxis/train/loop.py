@@ -1,24 +1,18 @@
 """The training loop: steps, and between them whatever is due. What a step computes stands in step.py."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
-from paraxis.base.errors import Preempted, StorageError
+from paraxis.base.errors import Preempted, TrainingError
 from paraxis.observe.throughput import StepClock
 from paraxis.observe.trace import Profile
 from paraxis.optim.curves import learning_rate
 from paraxis.train.evaluate import evaluate
 from paraxis.train.record import Record, said
 from paraxis.train.run import Run
+from paraxis.train.saving import Saving
 from paraxis.train.settle import Settlement
 from paraxis.train.step import train_step
-
-
-class Save(Protocol):
-    """Saves the run as it stands, with its held-out loss where it was just scored, and returns the checkpoint's folder."""
-
-    def __call__(self, *, held_out_loss: float | None) -> Path: ...
+from paraxis.train.unregistered import FirstStep
 
 
 @dataclass
@@ -28,7 +22,7 @@ class StopRequest:
     reason: str = ""
 
 
-def train(run: Run, record: Record, profile: Profile, save: Save, stop: StopRequest) -> None:
+def train(run: Run, record: Record, profile: Profile, saving: Saving, stop: StopRequest) -> None:
     """Trains from `run.step` to `train.steps`, saving and evaluating where due and at the end.
 
     Raises Preempted once a rank was asked to stop and the state is saved, TrainingError when too many steps in a row were not
@@ -36,7 +30,7 @@ def train(run: Run, record: Record, profile: Profile, save: Save, stop: StopRequ
     """
     total = run.config.train.steps
     settlement, clock, loader = Settlement(run, record), StepClock(), run.loader()
-    first_step = run.step + 1
+    first_step, unsaved = run.step + 1, FirstStep(run)
     try:
         while run.step < total and not settlement.stop:
             profile.before_step(run.step + 1)
@@ -47,14 +41,20 @@ def train(run: Run, record: Record, profile: Profile, save: Save, stop: StopRequ
             run.step, run.row = run.step + 1, loader.cursor
             run.tokens += run.rows_per_step * run.config.data.seq_len
             profile.after_step(run.step)
+            saving.look()
             settlement.add(report, clock.lap(), lr)
             if run.step == first_step:
                 settlement.settle()
+                unsaved.refuse()
                 run.world.expect_quick_steps()
             if run.step == total or settlement.stop or due(run, run.config.checkpoint.every) or due(run, run.config.eval.every):
                 settlement.settle()
-                between_steps(run, record, save, last=run.step == total or settlement.stop)
+                between_steps(run, record, saving, last=run.step == total or settlement.stop)
                 clock.restart()
+        saving.finish()
+    except TrainingError:  # raised by every rank: the run is over, and what it has saved is what remains of it
+        saving.finish()
+        raise
     finally:
         loader.close()
     if run.step < total:
@@ -68,8 +68,8 @@ def due(run: Run, every: int) -> bool:
     return every > 0 and run.step % every == 0
 
 
-def between_steps(run: Run, record: Record, save: Save, *, last: bool) -> None:
-    """Scores the held-out data and saves, where due. A save that fails is a warning, unless it is the last chance."""
+def between_steps(run: Run, record: Record, saving: Saving, *, last: bool) -> None:
+    """Scores the held-out data and saves, where due."""
     finished = run.step == run.config.train.steps
     held_out_loss: float | None = None
     if run.held_out is not None and (due(run, run.config.eval.every) or finished):
@@ -78,13 +78,5 @@ def between_steps(run: Run, record: Record, save: Save, *, last: bool) -> None:
         record.evaluation(run.step, held_out_loss)
     if finished and not run.config.checkpoint.at_end:
         return
-    if not (last or due(run, run.config.checkpoint.every)):
-        return
-    try:
-        path = save(held_out_loss=held_out_loss)
-    except StorageError as error:
-        if last:
-            raise
-        record.event("warning", f"the checkpoint of step {run.step} could not be saved, training goes on: {error}", step=run.step)
-    else:
-        record.event("checkpoint", "saved", step=run.step, path=str(path))
+    if last or due(run, run.config.checkpoint.every):
+        saving.save(held_out_loss, last=last)

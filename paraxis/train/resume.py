@@ -1,10 +1,10 @@
 """Continuing a run from the newest checkpoint in its folder that every rank can read."""
 
 import logging
-from pathlib import Path
 
 from paraxis.base.errors import CheckpointError, ConfigError
 from paraxis.checkpoint.load import committed, open_checkpoint
+from paraxis.checkpoint.place import Location, checkpoints_of
 from paraxis.checkpoint.store import complete_folders
 from paraxis.observe.folder import RunFolder
 from paraxis.parallel.world import World
@@ -14,44 +14,42 @@ from paraxis.train.state import refuse_foreign, restore_run
 log = logging.getLogger("paraxis")
 
 
-def resume_run(run: Run, folder: RunFolder, resume: str) -> Path | None:
+def resume_run(run: Run, folder: RunFolder, resume: str) -> Location | None:
     """Continues from the newest checkpoint that reads whole on every rank, as `resume` allows; returns its path.
 
     A damaged one is passed over with a warning. Raises ConfigError where `resume` forbids what is found, and CheckpointError
     where there are checkpoints but none can be read, or where the newest is not of this run.
     """
-    whole, damaged = _found(run.world, folder)
+    place = checkpoints_of(run.config.checkpoint.folder, folder.path)
+    whole, damaged = _found(run.world, place)
     names = whole + damaged
     if resume == "never" and names:
-        raise ConfigError(
-            f"--resume=never, but {folder.path} already holds {names[0]}; choose another --run-dir, or --resume=auto to continue"
-        )
+        raise ConfigError(f"--resume=never, but {place} already holds {names[0]}; choose another --run-dir, or --resume=auto to continue")
     if resume == "must" and not names:
-        raise ConfigError(f"--resume=must, but {folder.path} holds no checkpoint; check --run-dir, or use --resume=auto to start anew")
+        raise ConfigError(f"--resume=must, but {place} holds no checkpoint; check --run-dir, or use --resume=auto to start anew")
     for name in whole:
-        path = folder.checkpoints / name
+        path = place / name
         if (problem := _agreed(run.world, _problem(run, path))) is None:
             return path
         log.warning("%s is passed over: %s", name, problem)
     if names:
         raise CheckpointError(
-            f"none of the checkpoints in {folder.checkpoints} can be read ({', '.join(names)}); "
-            f"restore one from a copy, or start in another --run-dir"
+            f"none of the checkpoints in {place} can be read ({', '.join(names)}); restore one from a copy, or start in another --run-dir"
         )
     return None
 
 
-def _found(world: World, folder: RunFolder) -> tuple[list[str], list[str]]:
+def _found(world: World, place: Location) -> tuple[list[str], list[str]]:
     """The checkpoints as rank 0 sees them, so that all try the same: those that look whole, newest first, and the others."""
     names: list[list[str]] = [[], []]
     if world.first:
-        whole = [checkpoint.path.name for checkpoint in committed(folder.checkpoints, log.warning)]
-        names = [whole, sorted({path.name for path in complete_folders(folder.checkpoints)} - set(whole))]
+        whole = [checkpoint.path.name for checkpoint in committed(place, log.warning)]
+        names = [whole, sorted({path.name for path in complete_folders(place)} - set(whole))]
     whole, damaged = world.broadcast_json(names)
     return whole, damaged
 
 
-def _problem(run: Run, path: Path) -> str | None:
+def _problem(run: Run, path: Location) -> str | None:
     """Restores `run` from the checkpoint at `path`, or says why it cannot be read."""
     try:
         checkpoint = open_checkpoint(path)

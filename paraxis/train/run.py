@@ -11,6 +11,7 @@ from paraxis.base.layout import Placed
 from paraxis.base.seams import Batch, HasAttention, Routed, Rows, Staged, routed_layers
 from paraxis.base.strategy import Strategy
 from paraxis.data.loader import Loader
+from paraxis.data.record import skipped_records
 from paraxis.models.init import initialise
 from paraxis.optim.build import Optimizer, build_optimizer
 from paraxis.parallel.apply import parallelize
@@ -21,16 +22,19 @@ from paraxis.parallel.mesh import Mesh, build_mesh
 from paraxis.parallel.pipeline import Pipeline, build_lines
 from paraxis.parallel.tied import TiedCopies, tie
 from paraxis.parallel.world import World
+from paraxis.train.buffers import Buffer, make_buffers
 from paraxis.train.check import check
 from paraxis.train.choose import build_attention, build_strategy
 from paraxis.train.config import RunConfig
 from paraxis.train.passes import Accumulation, Passes, Piped
+from paraxis.train.recompute import build_keep
 from paraxis.train.stages import Stages, build_stages
 
 
 @dataclass
 class Run:
-    """Everything one rank trains with. `step` counts finished optimizer steps; `tokens` those in the rows it has read.
+    """Everything one rank trains with. `step` counts finished optimizer steps; `tokens` those in the rows it has read; `skipped_steps`
+    the last steps in a row whose update was skipped.
 
     `modules` is the model, or a pipeline rank's stages of it. `routers` are the mixture-of-experts layers in them by name;
     `router_sizes` has those of the whole model, with the entries of their tallies.
@@ -42,6 +46,7 @@ class Run:
     modules: Sequence[nn.Module]
     passes: Passes
     shards: list[Shard]
+    buffers: Sequence[Buffer]
     tied: TiedCopies | None
     routers: dict[str, Routed]
     router_sizes: dict[str, int]
@@ -52,13 +57,18 @@ class Run:
     step: int = 0
     tokens: int = 0
     row: int = 0
-    skipped_records: int = 0
+    skipped_steps: int = 0
 
     @cached_property
     def flops_per_token(self) -> float:
         """Floating-point operations of one trained token, forward and backward; 0 where the model does not say."""
         count = getattr(self.config.model, "flops_per_token", None)
         return count(self.config.data.seq_len) if count else 0.0
+
+    @property
+    def skipped_records(self) -> int:
+        """Broken records left out of the data so far."""
+        return skipped_records(self.rows)
 
     @property
     def world(self) -> World:
@@ -84,8 +94,9 @@ class Run:
 def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None) -> Run:
     """Builds the model on no memory, cuts and spreads it, gives it its first values, and an optimizer over this rank's parts.
 
-    Raises ConfigError for what cannot run.
+    torch's generators start from train.seed. Raises ConfigError for what cannot run.
     """
+    torch.manual_seed(config.train.seed)
     check(config, world.size)
     mesh = build_mesh(world, config.parallel.degrees.filling(world.size))
     whole = on_meta(config)
@@ -93,11 +104,13 @@ def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None)
     strategy = build_strategy(config, world, mesh.at, stages, whole)
     models = own_models(config, mesh, stages)
     attend = build_attention(config, mesh, strategy.precision.compute) if isinstance(whole, HasAttention) else None
+    keep = build_keep(config, mesh, strategy, stages, models)
     by_stage: dict[int, list[Shard]] = {}
     for stage, model in models.items():
         if isinstance(model, HasAttention) and attend is not None:
             model.use_attention(attend)
-        by_stage[stage] = parallelize(model, mesh, strategy, filler(model, config.train.seed))
+        by_stage[stage] = parallelize(model, mesh, strategy, filler(model, config.train.seed), keep)
+    buffers = make_buffers(config, mesh, stages, whole, models)
     if stages is None:
         passes: Passes = Accumulation(models[0], strategy.reduce_each_micro_batch)
         shards, tied = by_stage[0], None
@@ -121,6 +134,7 @@ def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None)
         modules=list(models.values()),
         passes=passes,
         shards=shards,
+        buffers=buffers,
         tied=tied,
         routers=routers,
         router_sizes={name: layer.tally_s.numel() for name, layer in routed_layers(whole).items()},

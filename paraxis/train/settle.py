@@ -31,7 +31,6 @@ class Settlement:
     def __init__(self, run: Run, record: Record) -> None:
         self._run, self._record = run, record
         self._waiting: deque[Finished] = deque()
-        self._bad = 0
         self.stop = False  # a rank was asked to stop
 
     def add(self, report: StepReport, timed: StepTime, lr: float) -> None:
@@ -45,7 +44,7 @@ class Settlement:
             done = self._waiting.popleft()
             self.stop |= done.report.stop
             self._write(done)
-            self._bad = 0 if done.report.finite else self._bad + 1
+            self._run.skipped_steps = 0 if done.report.finite else self._run.skipped_steps + 1
             if not done.report.finite:
                 self._skipped(done)
 
@@ -65,7 +64,7 @@ class Settlement:
         self._record.step(done.step, report, done.timed, values)
 
     def _skipped(self, done: Finished) -> None:
-        step, report = done.step, done.report
+        step, report, skipped = done.step, done.report, self._run.skipped_steps
         ranks = ", ".join(map(str, report.bad_ranks))
         self._record.event(
             "warning",
@@ -74,9 +73,9 @@ class Settlement:
             step=step,
             ranks=report.bad_ranks,
         )
-        if self._bad >= self._run.config.train.bad_steps:
+        if skipped >= self._run.config.train.bad_steps:
             raise TrainingError(
-                f"{self._bad} steps in a row, up to step {step}, had a loss or gradient that is not finite (rank {ranks}), "
+                f"{skipped} steps in a row, up to step {step}, had a loss or gradient that is not finite (rank {ranks}), "
                 f"and none was applied. The last checkpoint is kept: lower optim.lr, or look at the data from row "
-                f"{done.row - self._bad * self._run.rows_per_step} on; train.bad_steps sets the limit"
+                f"{done.row - skipped * self._run.rows_per_step} on; train.bad_steps sets the limit"
             )

@@ -1,16 +1,19 @@
-"""Everything a run must remember, as named pieces and a few numbers: saved by every rank, restored on every rank.
+"""Everything a run must remember, as one table: saved by every rank, restored on every rank. What is not here follows from what is.
 
-    model/NAME            the master weights
+    model/NAME            the master weights, what is not trained among them (the bias by which a router chooses experts)
+    buffer/NAME           persistent buffers
     optim/STATE/NAME      the optimizer's tensors (exp_avg, exp_avg_sq, momentum_buffer)
-    meta                  step, tokens, data position, optimizer counters, fingerprints, the model's record, the held-out loss
+    random/DEVICE         torch's generators, of a run on one rank whose model draws from them
+    meta                  step, tokens, data position, skipped steps in a row, optimizer counters, the data's record (fingerprints, mixture
+                          log), the seed, the model's record, the held-out loss
     config.toml           the resolved configuration; tokenizer/... the tokenizer's files
 
-Initial values, data order and learning rate are functions of seed and step, so no random state is needed; a model that
-drops out at random trains on one rank only, and that rank's generator is saved too.
+Initial values, data order and learning rate are functions of seed and step, and metrics are of one step each, or counted here. Second
+copies of tied weights follow the first. unsaved.py and unregistered.py refuse what has a state and no entry.
 """
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,49 +21,139 @@ import torch
 from paraxis.base.errors import CheckpointError
 from paraxis.base.layout import whole_box
 from paraxis.checkpoint.load import Checkpoint
+from paraxis.checkpoint.place import Location
 from paraxis.checkpoint.retain import HELD_OUT, Keep, held_out
 from paraxis.checkpoint.save import Piece, save
 from paraxis.data.record import continue_data, data_record, problem_with_data
 from paraxis.models.registry import to_record
-from paraxis.train.check import dropout_of
 from paraxis.train.run import Run
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """One thing that a run remembers: this rank's tensors of it, its entries of the meta (the same on every rank), and what is to be done
+    once its tensors have been read back into place. `always`: every checkpoint of the run has all of its tensors.
+    """
+
+    pieces: Callable[[Run], Iterator[Piece]] = lambda run: iter(())
+    record: Callable[[Run], Mapping[str, Any]] = lambda run: {}
+    restore: Callable[[Run, Checkpoint], None] = lambda run, checkpoint: None
+    always: bool = True
+
+
+def weights(run: Run) -> Iterator[Piece]:
+    """This rank's parts of the parameters."""
+    for shard in run.shards:
+        where = shard.placed
+        yield Piece(f"model/{where.name}", where.shape, where.stored, shard.local.detach(), where.replica, where.replicas)
+
+
+def buffers(run: Run) -> Iterator[Piece]:
+    """The persistent buffers of this rank's modules."""
+    for buffer in run.buffers:
+        shape = tuple(buffer.copies[0].shape)
+        yield Piece(f"buffer/{buffer.name}", shape, whole_box(shape), buffer.copies[0], buffer.replica, buffer.replicas)
+
+
+def follow(run: Run) -> None:
+    """Has second copies on this rank, of weights and of buffers, follow the first."""
+    if run.tied is not None:
+        run.tied.follow()
+    for buffer in run.buffers:
+        for copy in buffer.copies[1:]:
+            copy.copy_(buffer.copies[0])
+
+
+def optimizer_tensors(run: Run) -> Iterator[Piece]:
+    """This rank's parts of the optimizer's state."""
+    placed = {shard.placed.name: shard.placed for shard in run.shards}
+    for state, by_name in run.optimizer.state().items():
+        for name, tensor in by_name.items():
+            where = placed[name]
+            yield Piece(f"optim/{state}/{name}", where.shape, where.stored, tensor, where.replica, where.replicas)
+
+
+def _counters(run: Run) -> dict[str, Any]:
+    return {"optimizer": {"name": run.config.optim.name, "counters": run.optimizer.counters()}}
+
+
+def _set_counters(run: Run, checkpoint: Checkpoint) -> None:
+    run.optimizer.load_counters(checkpoint.meta["optimizer"]["counters"])
+
+
+def _random(run: Run) -> Iterator[Piece]:
+    """The generators, where something was drawn since they were seeded. Ranks that draw are refused after the first step of several."""
+    if run.world.size > 1:
+        return
+    states = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if run.world.device.is_cuda else {})
+    for device, state in states.items():
+        if not torch.equal(state, torch.Generator(device).manual_seed(run.config.train.seed).get_state()):
+            yield Piece(f"random/{device}", tuple(state.shape), whole_box(tuple(state.shape)), state)
+
+
+def _set_random(run: Run, checkpoint: Checkpoint) -> None:
+    if run.world.size > 1:
+        return
+    if "random/cpu" in checkpoint.tensors:
+        torch.set_rng_state(checkpoint.read("random/cpu"))
+    if "random/cuda" in checkpoint.tensors and run.world.device.is_cuda:
+        torch.cuda.set_rng_state(checkpoint.read("random/cuda"))
+
+
+def _position(run: Run) -> dict[str, Any]:
+    return {"step": run.step, "tokens": run.tokens, "row": run.row, "skipped_steps": run.skipped_steps}
+
+
+def _set_position(run: Run, checkpoint: Checkpoint) -> None:
+    held = checkpoint.meta
+    run.step, run.tokens, run.row, run.skipped_steps = held["step"], held["tokens"], held["row"], held.get("skipped_steps", 0)
+
+
+def _data(run: Run) -> dict[str, Any]:
+    return {"data": {"seq_len": run.config.data.seq_len, **data_record(run.rows, run.row)}}
+
+
+def _set_data(run: Run, checkpoint: Checkpoint) -> None:
+    held = checkpoint.meta
+    continue_data(held["data"], run.rows, held["step"], held["row"])
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    return {"seed": run.config.train.seed, "model": to_record(run.config.model)}
+
+
+STATE: dict[str, Remembered] = {
+    "position": Remembered(record=_position, restore=_set_position),
+    "weights": Remembered(weights, restore=lambda run, checkpoint: follow(run)),
+    "buffers": Remembered(buffers),
+    "optimizer": Remembered(optimizer_tensors, _counters, _set_counters),
+    "random": Remembered(_random, restore=_set_random, always=False),
+    "data": Remembered(record=_data, restore=_set_data),
+    "identity": Remembered(record=_identity),
+}
 
 
 def pieces(run: Run) -> Iterator[Piece]:
     """This rank's tensors."""
-    placed = {shard.placed.name: shard.placed for shard in run.shards}
-    tensors = {f"model/{shard.placed.name}": (shard.placed.name, shard.local.detach()) for shard in run.shards}
-    for state, by_name in run.optimizer.state().items():
-        tensors |= {f"optim/{state}/{name}": (name, tensor) for name, tensor in by_name.items()}
-    for key, (name, tensor) in tensors.items():
-        where = placed[name]
-        yield Piece(key, where.shape, where.stored, tensor, where.replica, where.replicas)
-    for name, state in _random_states(run).items():
-        yield Piece(name, tuple(state.shape), whole_box(tuple(state.shape)), state)
-
-
-def _random_states(run: Run) -> dict[str, torch.Tensor]:
-    if not any(dropout_of(module) for module in run.modules):
-        return {}
-    states = {"random/cpu": torch.get_rng_state()}
-    return states | ({"random/cuda": torch.cuda.get_rng_state()} if run.world.device.is_cuda else {})
+    for one in STATE.values():
+        yield from one.pieces(run)
 
 
 def meta(run: Run) -> dict[str, Any]:
     """What is saved beside the tensors; the same on every rank."""
-    return {
-        "step": run.step,
-        "tokens": run.tokens,
-        "row": run.row,
-        "seed": run.config.train.seed,
-        "optimizer": {"name": run.config.optim.name, "counters": run.optimizer.counters()},
-        "data": {"seq_len": run.config.data.seq_len, **data_record(run.rows, run.row)},
-        "model": to_record(run.config.model),
-    }
+    return {key: value for one in STATE.values() for key, value in one.record(run).items()}
 
 
-def save_run(run: Run, folder: Path, files: Mapping[str, bytes], held_out_loss: float | None = None) -> Path:
-    """Saves the run at its step, with its held-out loss where it was scored, under `folder`.
+def save_run(
+    run: Run,
+    folder: Location,
+    files: Mapping[str, bytes],
+    held_out_loss: float | None = None,
+    *,
+    save: Callable[..., Location | None] = save,
+) -> Location | None:
+    """Saves the run at its step, with its held-out loss where it was scored, under `folder`, and returns what `save` does: the place of
+    the checkpoint, or None where it is that of a BackgroundSaver.
 
     Raises StorageError on every rank alike where any fails.
     """
@@ -107,16 +200,10 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     """Continues `run` from what `checkpoint` holds, once `refuse_foreign` has passed it. Raises CheckpointError where it is damaged."""
     for piece in _restored(run):
         checkpoint.read(piece.name, piece.box, out=piece.tensor)
-    if run.tied is not None:
-        run.tied.follow()
-    for name in _random_states(run).keys() & checkpoint.tensors.keys():
-        (torch.set_rng_state if name == "random/cpu" else torch.cuda.set_rng_state)(checkpoint.read(name))
-    held = checkpoint.meta
-    run.optimizer.load_counters(held["optimizer"]["counters"])
-    run.step, run.tokens, run.row = held["step"], held["tokens"], held["row"]
-    continue_data(held["data"], run.rows, run.step, run.row)
+    for one in STATE.values():
+        one.restore(run, checkpoint)
 
 
 def _restored(run: Run) -> Iterator[Piece]:
     """The pieces that every checkpoint of this run has, whatever its layout was."""
-    return (piece for piece in pieces(run) if not piece.name.startswith("random/"))
+    return (piece for one in STATE.values() if one.always for piece in one.pieces(run))

@@ -131,6 +131,7 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, said: Said = Sa
         clip(shards, norm, max_norm)
     skip = ~torch.isfinite(norm + total_loss)
     run.optimizer.step(lr, found_inf=skip.float())
+    torch.autograd.graph.increment_version([shard.local for shard in shards])  # fused kernels do not say that they have written
     for number, name in enumerate(run.router_sizes):
         if name in run.routers:
             run.routers[name].end_step(tally[number, :-1].masked_fill(skip, 0.0))  # counts of zero leave a bias where it is

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from paraxis.base.config import to_toml
 from paraxis.base.env import Environment, allow_deterministic_kernels, prefer_expandable_segments, read_environment
 from paraxis.base.errors import ParaxisError, Preempted, StorageError, TrainingError
+from paraxis.checkpoint.place import checkpoints_of
+from paraxis.data.open import Live
 from paraxis.observe.folder import RunFolder
 from paraxis.observe.trace import Profile
 from paraxis.parallel.world import World, join, leave, peer_is_lost
@@ -22,9 +23,9 @@ from paraxis.train.config import RunConfig
 from paraxis.train.data import open_data
 from paraxis.train.loop import StopRequest, train
 from paraxis.train.record import Record
-from paraxis.train.resume import resume_run
 from paraxis.train.run import assemble
-from paraxis.train.state import save_run
+from paraxis.train.saving import Saving
+from paraxis.train.start import begin
 
 log = logging.getLogger("paraxis")
 
@@ -84,13 +85,13 @@ def _await_launcher(stop: StopRequest) -> None:
 
 
 def _train(config: RunConfig, base: str, folder: RunFolder, resume: str, environment: Environment, world: World, stop: StopRequest) -> None:
-    data = open_data(config, environment.cache_dir, world.size)
+    live = Live(owner=str(folder.path.resolve()), leads=environment.local_rank == 0)
+    data = open_data(config, environment.cache_dir, world.size, live=live)
     started_s = time.perf_counter()
     run = assemble(config, world, data.rows, data.held_out)
     run.optimizer.counters()  # waits for the device, so that the first values are there
     built_s = time.perf_counter() - started_s
-    run.skipped_records = data.skipped
-    resumed = resume_run(run, folder, resume)
+    resumed = begin(run, folder, resume)
     text = to_toml(config, base)
     if world.first:
         folder.write_config(text)
@@ -98,10 +99,11 @@ def _train(config: RunConfig, base: str, folder: RunFolder, resume: str, environ
     record = Record(folder, world, config.metrics, total=config.train.steps, done=run.step)
     profile = Profile(config.profile, folder.trace, world.rank, world.device)
     start = {"layout": str(run.mesh.degrees), "ranks": world.size, "built_s": round(built_s, 3)}
+    start |= {"init_from": config.train.init_from} if config.train.init_from and not resumed else {}
     record.event("resume" if resumed else "start", str(resumed or base), step=run.step, **start)
     try:
-        with stop_on_signals(stop):
-            train(run, record, profile, partial(save_run, run, folder.checkpoints, files), stop)
+        with stop_on_signals(stop), Saving(run, record, checkpoints_of(config.checkpoint.folder, folder.path), files) as saving:
+            train(run, record, profile, saving, stop)
     except Preempted:
         raise
     except Exception as error:
@@ -112,20 +114,25 @@ def _train(config: RunConfig, base: str, folder: RunFolder, resume: str, environ
     finally:
         profile.close()
         record.close()
+        data.close()
 
 
 @contextmanager
 def stop_on_signals(stop: StopRequest) -> Iterator[None]:
-    """While inside, SIGTERM and Ctrl-C ask the loop to save and stop; a second one ends the process as usual."""
+    """While inside, SIGTERM, Ctrl-C and SIGUSR1 ask the loop to save and stop.
+
+    A second SIGTERM or Ctrl-C ends the process as usual. SIGUSR1 is a scheduler's early notice, which it may well give twice.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ask(number: int, frame: object) -> None:
-        stop.reason = signal.Signals(number).name
-        signal.signal(number, before[number])
+        stop.reason = stop.reason or signal.Signals(number).name
+        if number != signal.SIGUSR1:
+            signal.signal(number, before[number])
 
-    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

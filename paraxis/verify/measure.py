@@ -74,7 +74,8 @@ def with_layout(config: RunConfig, layout: str) -> RunConfig:
     Raises ConfigError for a layout that cannot be read, or leaves a degree open.
     """
     said: dict[str, Any] = parse_layout(layout) if layout else {}
-    kept = {name: getattr(config.parallel, name) for name in ("reshard", "reduce", *(("async_tp",) if said.get("tp", 1) > 1 else ()))}
+    of_tp = ("sequence_parallel", "async_tp") if said.get("tp", 1) > 1 else ()
+    kept = {name: getattr(config.parallel, name) for name in ("reshard", "reduce", *of_tp)}
     if said.get("fsdp") == -1:
         raise ConfigError(f"layout {layout!r}: fsdp-1 takes what is left of a number of ranks, and here there is none; write a degree")
     return replace(config, parallel=ParallelConfig(**kept, **said))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from paraxis.base.dtypes import Float8Config
 from paraxis.base.errors import ConfigError
 from paraxis.data.config import DataConfig
 from paraxis.models.registry import MODELS
@@ -61,6 +62,7 @@ def shrunk(config: RunConfig, layout: str, precision: str) -> RunConfig:
         compile="none",
         attention="auto",
         precision=precision,
+        float8=Float8Config(),
     )
 
 

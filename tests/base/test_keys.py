@@ -2,7 +2,7 @@
 
 import pytest
 
-from paraxis.base.keys import Stacked, to_theirs
+from paraxis.base.keys import Piece, Stacked, to_theirs
 
 TABLE = {
     "embed.weight": "model.embed_tokens.weight",
@@ -24,6 +24,16 @@ TABLE = {
 )
 def test_a_name_has_its_counterpart(ours, theirs):
     assert to_theirs(TABLE, ours) == theirs
+
+
+def test_a_piece_has_the_whole_s_name_and_shape():
+    table = {
+        "l.{i}.k.weight": Piece("h.{i}.qkv.weight", 1, of=3, transpose=True),
+        "l.{i}.k.bias": Piece("h.{i}.qkv.bias", 1, of=3),
+    }
+    weight, bias = to_theirs(table, "l.7.k.weight"), to_theirs(table, "l.7.k.bias")
+    assert (weight, bias) == (Piece("h.7.qkv.weight", 1, of=3, transpose=True), Piece("h.7.qkv.bias", 1, of=3))
+    assert (weight.their_shape((4, 5)), bias.their_shape((4,))) == ((5, 12), (12,))
 
 
 def test_a_stack_has_a_name_and_a_shape_for_each_of_its_entries():

@@ -129,14 +129,14 @@ def test_a_full_disk_is_one_message_and_nothing_half_written(tmp_path):
 
 
 def test_a_failure_on_one_rank_reaches_all_of_them(tmp_path, on_ranks, monkeypatch):
-    original = tensor_file.HashingWriter.write
+    original = tensor_file.DiskFile.write
 
     def full(self, data):
         if "rank-2-" in self._file.name:
             raise OSError(28, "No space left on device", self._file.name)
         return original(self, data)
 
-    monkeypatch.setattr(tensor_file.HashingWriter, "write", full)
+    monkeypatch.setattr(tensor_file.DiskFile, "write", full)
 
     def one(ranks):
         box = whole_box((8,)).cut(0, 4, ranks.rank)

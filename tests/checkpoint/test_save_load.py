@@ -13,6 +13,7 @@ from paraxis.checkpoint import load, tensor_file
 from paraxis.checkpoint import save as saving
 from paraxis.checkpoint.config import CheckpointConfig
 from paraxis.checkpoint.load import committed, newest, open_checkpoint
+from paraxis.checkpoint.local_store import LocalFiles
 from paraxis.checkpoint.manifest import CHUNK_BYTES
 from paraxis.checkpoint.retain import Keep
 from paraxis.checkpoint.save import Piece, save
@@ -105,9 +106,11 @@ def test_only_the_chunks_that_hold_a_box_are_read(tmp_path, monkeypatch):
     tensor = torch.arange(5 * CHUNK_BYTES // 8, dtype=torch.int64)
     path = save(tmp_path, 1, [Piece("t", tuple(tensor.shape), whole_box(tuple(tensor.shape)), tensor)], {}, {})
     read = []
-    original = load.read_range
+    original = LocalFiles.read_range
     monkeypatch.setattr(
-        load, "read_range", lambda p, start, length: read.append((p.name, start // CHUNK_BYTES)) or original(p, start, length)
+        LocalFiles,
+        "read_range",
+        lambda self, name, start, length: read.append((name, start // CHUNK_BYTES)) or original(self, name, start, length),
     )
     open_checkpoint(path).read("t", Box((3 * CHUNK_BYTES // 8 + 100,), (5,)))
     assert [chunk for name, chunk in read if name.endswith("safetensors")] == [0, 3]  # the header's, and the one
@@ -165,8 +168,8 @@ def test_what_dead_saves_left_is_swept_and_a_stale_writer_cannot_commit(tmp_path
     (tmp_path / "step-9.tmp-41").mkdir(parents=True)
     original = saving._write
 
-    def overtaken(draft, rank, parts):
-        report = original(draft, rank, parts)
+    def overtaken(store, draft, rank, parts):
+        report = original(store, draft, rank, parts)
         monkeypatch.setattr(saving, "_write", original)
         save(tmp_path, 7, whole(state), {"by": "the newer launch"}, {})
         return report

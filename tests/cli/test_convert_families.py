@@ -21,6 +21,8 @@ LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_
 LATENT |= {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
 V2 = LATENT | {"topk_method": "greedy", "norm_topk_prob": False, "n_group": None, "topk_group": None}
 FAMILIES = {
+    "gpt2": ("gpt2", {}),
+    "gpt2 free": ("gpt2", {"tie_word_embeddings": False}),
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),

@@ -22,6 +22,14 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(sentences(50), 300)
 
 
+def tokenizer_folder(folder: Path) -> str:
+    """The files of that tokenizer in a folder, as data.tokenizer names one."""
+    (folder / "tokenizer").mkdir()
+    for name, content in tokenizer().files.items():
+        (folder / "tokenizer" / name).write_bytes(content)
+    return str(folder / "tokenizer")
+
+
 def prepared(folder: Path, texts: list[str], **settings) -> Prepared:
     """`texts`, a file each, tokenised."""
     (folder / "text").mkdir()

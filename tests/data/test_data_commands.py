@@ -94,3 +94,41 @@ def test_the_mixture_of_a_run_may_change_where_it_stopped_but_not_before(folder)
     assert len(losses("planned")) == 4
     words = refusal(paraxis(*train(5, "web=1", "1: web=1 code=1", run="changed"), own, folder=folder), 77)
     assert "was saved with the mixture [0: web=1, 2: web=1/2 code=1/2]" in words
+
+
+def test_a_run_on_live_tokens_goes_on_on_another_layout_as_if_nothing_had_been(folder):
+    lines = [json.dumps({"text": text}) for text in sentences(300)]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "b.jsonl").write_text("\n".join(reversed(lines)))
+    succeeded(paraxis("data", "prepare", "debug", *SETTINGS, "--data.paths=a.jsonl", "--out=shards", folder=folder))
+    mixed = ["--data.paths=a=a.jsonl,b=hf:json?files=b.jsonl&stream=true", "--data.mixture=a=1 b=1", "--data.document_mask=true"]
+    live = [*mixed, "--data.tokenizer=shards", "--data.seq_len=16", "--data.tokenize=live", "--data.workers=1"]
+    own = ["--metrics.tensorboard=false", "--train.global_tokens=128", "--optim.schedule=constant", *SMALL]
+
+    def train(steps: int, run: str, *more: str) -> None:
+        ended = paraxis("train", "debug", *live, *own, f"--train.steps={steps}", f"--run-dir={run}", *more, folder=folder, timeout=100)
+        assert "whether its content is the same cannot be checked" in succeeded(ended).err
+
+    train(6, "whole")
+    train(2, "parts", "--parallel.fsdp=2")
+    train(4, "parts", "--train.micro_batch=4")
+    train(6, "parts", "--parallel.tp=2")
+    losses = [[line["loss"] for line in metrics(folder / run)] for run in ("whole", "parts")]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert not list((folder / "cache").glob("live-*"))
+    words = refusal(paraxis("data", "prepare", "debug", "--data.tokenize=live", folder=folder), 78)
+    assert "data.tokenize=live leaves nothing to prepare" in words
+
+
+def test_a_record_that_breaks_while_training_ends_the_run_with_its_file_and_line(folder):
+    lines = [json.dumps({"text": text}) for text in sentences(90)]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    succeeded(paraxis("data", "prepare", "debug", *SETTINGS, "--data.paths=a.jsonl", "--out=shards", folder=folder))
+    (folder / "a.jsonl").write_text("\n".join([*lines[:50], "{", *lines[50:]]))
+    live = ["--data.paths=a.jsonl", "--data.tokenizer=shards", "--data.seq_len=16", "--data.tokenize=live", "--data.workers=1"]
+    run = ["train", "debug", *live, *SMALL, "--run-dir=run", "--parallel.fsdp=2"]
+    words = refusal(paraxis(*run, folder=folder), 65)
+    assert "a.jsonl, line 51: not valid JSON" in words
+    succeeded(paraxis(*run, "--data.on_bad_record=skip", "--train.steps=2", folder=folder))
+    assert [line["skipped_records"] for line in metrics(folder / "run")] == [1, 1]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from paraxis.base.errors import ConfigError, DataError
+from paraxis.base.seams import IGNORE
 from paraxis.data.config import DataConfig
 from paraxis.data.mixture import MixtureRows, pattern, read_mixture
 from paraxis.data.open import open_training, refuse_repeats
@@ -152,6 +153,24 @@ def opened(config: DataConfig, cache: Path) -> MixtureRows:
     rows = open_training(config, cache, seed=3, rows_per_step=lambda: 1).rows
     assert isinstance(rows, MixtureRows)
     return rows
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_tokens_read_of_a_source_are_within_a_row_of_its_share_over_any_rows_and_within_two_over_any_stretch(config, tmp_path, packing):
+    config = replace(config, packing=packing, mixture=("web=7 code=3",))
+    rows, shares = opened(config, tmp_path / "cache"), np.array([0.7, 0.3])
+    read, empty = np.zeros((301, 2)), np.zeros(301)
+    for index in range(300):
+        count = int((rows.row(index)["targets_bt"] != IGNORE).sum())
+        read[index + 1, ["web", "code"].index(rows.at(index)[0])] = count
+        empty[index + 1] = config.seq_len - count
+    read, empty = read.cumsum(axis=0), empty.cumsum()
+    off = np.abs(read - shares * read.sum(axis=1, keepdims=True)).max(axis=1)
+    assert (off < config.seq_len + empty).all()
+    if packing == "concatenate":  # where a row has no empty places
+        assert empty[-1] == 0
+        over = read - shares * read.sum(axis=1, keepdims=True)
+        assert (over.max(axis=0) - over.min(axis=0)).max() < 2 * config.seq_len  # a stretch is the difference of two beginnings
 
 
 def with_finished_tokenizer(config: DataConfig, cache: Path) -> DataConfig:

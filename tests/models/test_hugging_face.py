@@ -70,7 +70,7 @@ def test_transformers_5_spelling_is_read():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2'"),
+        ({"model_type": "bloom"}, "model_type='bloom'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paraxis.base.errors import ConfigError
-from paraxis.ops.norm import RMSNorm
+from paraxis.ops.norm import LayerNorm, RMSNorm
 from paraxis.ops.rope import RopeConfig, YarnConfig, frequencies, rope_tables, rotate, rotate_neighbours
 
 CPU = torch.device("cpu")
@@ -104,7 +104,22 @@ def test_nonsense_yarn_is_refused_by_name(wrong):
         YarnConfig(**wrong)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+PRECISE_TO = [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISE_TO)
+def test_layer_norm_is_its_formula(dtype, tolerance):
+    norm = LayerNorm(64, 1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(3, 5, 64, dtype=dtype) * 3 + 1
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    exact = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double() + norm.bias.double()
+    assert norm(x).dtype == dtype
+    torch.testing.assert_close(norm(x).double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISE_TO)
 def test_rms_norm_is_its_formula(dtype, tolerance):
     norm = RMSNorm(64, 1e-5).to(dtype)
     torch.nn.init.normal_(norm.weight)

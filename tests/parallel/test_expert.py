@@ -8,7 +8,7 @@ from paraxis.base.strategy import RematConfig
 from paraxis.models.moe import Experts, MoE
 from paraxis.ops.routing import RoutingConfig
 from paraxis.parallel.expert import ExpertDispatch
-from paraxis.parallel.remat import checkpoint_blocks
+from paraxis.parallel.remat import checkpoint_blocks, kept_by
 from tests.worlds import run_world
 
 EXPERTS, WIDTH = 8, 6
@@ -99,7 +99,7 @@ def trained(remat, compiled):
     moe, x = layer(), batch(rank)
     moe.experts = own_experts(moe.experts, rank, ranks)
     moe.use_dispatch(ExpertDispatch(dist.distributed_c10d._get_default_group()))
-    checkpoint_blocks([moe], RematConfig(mode=remat))
+    checkpoint_blocks([moe], kept_by(RematConfig(mode=remat), 1))
     y = torch.compile(run, backend="aot_eager", dynamic=False)(moe, x) if compiled else run(moe, x)
     y.square().sum().backward()
     gradients = {name: p.grad for name, p in moe.named_parameters() if p.requires_grad}

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from paraxis.base.errors import ConfigError
 from paraxis.plan.memory import Peak, coordinates, different_at_first, exact_peak, predict_peak
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.trace import ROUND, Trace, trace_step
@@ -22,6 +21,7 @@ RUNS: dict[str, tuple[str, int, int, dict[str, object]]] = {
     "sharded, full": ("llama3_8b", 8, 0, {"parallel.fsdp": 8, "model.layers": 6, "remat.mode": "full", "data.seq_len": 1024}),
     "tensors, selective": ("llama3_8b", 16, 5, {"parallel.fsdp": 8, "parallel.tp": 2, "model.layers": 6, "data.seq_len": 1024}),
     "pipeline, none": ("debug", 4, 2, {"parallel.tp": 2, "parallel.pp": 2, "parallel.microbatches": 3, "model.layers": 9}),
+    "compiled": ("llama3_8b", 4, 3, {"parallel.fsdp": 4, "model.layers": 6, "compile": "inductor", "data.seq_len": 1024}),
     "experts": ("qwen3_30b_a3b", 16, 9, {"parallel.fsdp": 16, "model.layers": 5, "data.seq_len": 512}),
 }
 MORE: dict[str, tuple[str, int, int, dict[str, object]]] = {
@@ -98,11 +98,15 @@ def test_recomputation_and_sharding_save_memory(apart: Callable[..., Any]):
     assert held["fsdp"]["optimizer"] == pytest.approx(held["none"]["optimizer"] / 8, rel=0.05)
 
 
-def test_what_cannot_be_traced_is_refused():
-    with pytest.raises(ConfigError, match="compile=inductor"):
-        trace_step(find("debug", {"compile": "inductor"})[0], 1, 0, H200)
-    with pytest.raises(ConfigError, match="document_mask"):
-        trace_step(config_of("debug", {"data.document_mask": True}), 1, 0, H200)
+def test_documents_are_traced_as_rows_of_one_document(apart: Callable[..., Any]):
+    common = {"model.layers": 3, "precision": "bf16"}
+
+    def peaks() -> list[int]:
+        settings = ({**common, "data.document_mask": masked} for masked in (False, True))
+        return [predict_peak(config_of("debug", one), 1, 0, H200).bytes for one in settings]
+
+    whole, documents = apart(peaks)
+    assert documents == pytest.approx(whole, rel=0.02)
 
 
 def test_coordinates_are_the_meshs():

@@ -18,6 +18,7 @@ from paraxis.base.schedules import SCHEDULES, Plan, build_schedule
 from paraxis.base.strategy import RematConfig
 from paraxis.data.config import DataConfig
 from paraxis.models.deepseek import DeepSeekConfig
+from paraxis.models.gpt import GPTConfig
 from paraxis.models.llama import LlamaConfig
 from paraxis.models.qwen3 import Qwen3MoEConfig
 from paraxis.ops.routing import RoutingConfig
@@ -35,6 +36,7 @@ MODELS: dict[str, Any] = {
     "dense": DENSE,
     "tied": replace(DENSE, tied=True),
     "deep": replace(DENSE, layers=8),
+    "gpt": GPTConfig(vocab_size=VOCAB, width=32, layers=4, heads=8, max_seq_len=SEQ_LEN),
     "qwen3": Qwen3MoEConfig(
         vocab_size=VOCAB, width=32, layers=4, heads=8, kv_heads=4, head_size=4, mlp_width=16, tied=True, routing=BALANCED
     ),
@@ -133,6 +135,11 @@ MATRIX = [
     *covering("tied", "pp2", "pp2.zbv"),
     *lines("tied", "pp4", "pp2.interleaved", "pp2.dualpipev", "pp2xfsdp2", "pp2.zbvxtp2"),
     *lines("tied", "pp2xfsdp2xtp2", "pp2.zbvxfsdp2xcp2.ring", "pp2xcp2.ringxtp2"),
+    # Learned positions, which the first stage and each rank's part of the sequence look up.
+    *covering("gpt", "pp2.zbh1xtp2", "fsdp2xcp2.ulysses"),
+    *lines("gpt", "dp2xfsdp2", "pp2.dualpipevxfsdp2", "pp2xcp2.ringxtp2", "cp4.ulysses2xtp2", "pp2.zbvxcp2.allgather", documents=True),
+    *lines("gpt", "pp2xfsdp2xtp2", remat=FULL),
+    *lines("gpt", "cp2.ringxtp2", "fsdp2xtp2", compile="aot_eager", remat=SELECTIVE),
     # Recomputed, compiled, cut by hand, scheduled from a file.
     *covering("dense", "pp2xcp2.ring", remat=SELECTIVE),
     *covering("dense", "pp2", compile="aot_eager"),

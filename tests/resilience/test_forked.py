@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from paraxis.base.env import read_environment, worker_threads
+from paraxis.base.forked import Forked
 from paraxis.parallel import world
-from paraxis.resilience.forked import Forked
 from paraxis.resilience.launch import launch, leave_words
 
 NEVER = [sys.executable, "-c", "raise SystemExit('a copy was wanted')"]
@@ -71,7 +72,24 @@ def test_copies_die_with_a_launcher_that_is_killed(tmp_path: Path):
         time.sleep(0.01)
 
 
-def test_a_process_that_holds_the_cuda_driver_is_not_copied(monkeypatch: pytest.MonkeyPatch):
+def test_a_process_that_has_initialised_cuda_is_not_copied(monkeypatch: pytest.MonkeyPatch):
     assert world.can_be_copied()
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "7f00-7f01 r-xp /usr/lib/libcuda.so.580\n")
+    monkeypatch.setattr("torch.cuda._is_in_bad_fork", lambda: True)  # what torch then says in the copy
     assert not world.can_be_copied()
+
+
+@pytest.mark.gpu
+def test_a_copy_uses_the_gpus_that_were_counted_before(tmp_path: Path):
+    code = """
+from paraxis.base.env import count_gpus_without_cuda
+count_gpus_without_cuda()
+import torch
+from paraxis.base.forked import Forked
+from paraxis.parallel.world import can_be_copied, visible_devices
+assert visible_devices() and can_be_copied()
+assert Forked(lambda: int(torch.ones(4, device="cuda").sum())).wait() == 4
+torch.ones(4, device="cuda")
+assert not can_be_copied()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from paraxis.checkpoint.load import open_checkpoint
 from tests.runs import assert_same_curves, assert_same_state, events, fresh_environment, metrics
 
 pytestmark = pytest.mark.gpu
@@ -40,3 +41,17 @@ def test_compiled_bf16_follows_the_curve_of_fp32_on_a_cpu(tmp_path: Path):
     assert cpu[0] - cpu[-1] > 1
     apart = [abs(a - b) for a, b in zip(gpu, cpu, strict=True)]
     assert max(apart) < 0.03, apart
+
+
+def test_a_run_that_saves_behind_its_steps_saves_what_it_would_in_front(tmp_path: Path):
+    more = ["--train.deterministic=true", "--compile=none", "--precision=bf16", "--train.steps=6", "--checkpoint.every=2"]
+    for mode in ("sync", "async"):
+        train(tmp_path, mode, *more, f"--checkpoint.mode={mode}", "--checkpoint.keep_last=9")
+    assert_same_curves(tmp_path / "sync", tmp_path / "async")
+    for step in (2, 4, 6):
+        front, back = (open_checkpoint(tmp_path / mode / "checkpoints" / f"step-{step}") for mode in ("sync", "async"))
+        assert front.manifest.tensors == back.manifest.tensors
+        shards = {piece.file for tensor in front.tensors.values() for piece in tensor.pieces}
+        assert {name: front.manifest.files[name] for name in shards} == {name: back.manifest.files[name] for name in shards}
+    assert [event["step"] for event in events(tmp_path / "async", "checkpoint") if event["reason"] == "saving"] == [2, 4]
+    assert not events(tmp_path / "async", "warning")

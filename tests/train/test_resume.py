@@ -72,7 +72,7 @@ def test_balanced_experts_continue_bitwise(layout: str, tmp_path: Path):
     assert torch.stack(biases).abs().max() > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_saves_and_the_same_command_continues_bitwise(number: signal.Signals, ranks: int, tmp_path: Path):
     layout = ["train", f"{RECIPES}:run", f"--parallel.fsdp={ranks}", "--train.steps=40"]
@@ -117,11 +117,11 @@ def test_resume_must_never_and_auto_do_what_they_say(tmp_path: Path):
     run = ["train", f"{RECIPES}:run", "--run-dir=run"]
     nothing = paraxis(*run, "--resume=must", folder=tmp_path)
     assert nothing.code == 78
-    assert "--resume=must, but run holds no checkpoint" in nothing.err
+    assert "--resume=must, but run/checkpoints holds no checkpoint" in nothing.err
     succeeded(paraxis(*run, "--train.steps=2", "--resume=never", folder=tmp_path))
     again = paraxis(*run, "--resume=never", folder=tmp_path)
     assert again.code == 78
-    assert "--resume=never, but run already holds step-2" in again.err
+    assert "--resume=never, but run/checkpoints already holds step-2" in again.err
     succeeded(paraxis(*run, "--train.steps=3", "--resume=must", folder=tmp_path))
     assert [m["step"] for m in metrics(tmp_path / "run")] == [1, 2, 3]
 

@@ -1,0 +1,152 @@
+"""Compiled blocks without a compiler: forward and backward as AOTAutograd cuts them, run operator by operator on the pretended device.
+
+What a compiled block keeps for backward is the partitioner's choice, so the partitioner itself makes it here, on the same joint graph
+with the same recomputation tags as under `torch.compile`. The kernels that Inductor would make of it are told by `fusion.py`.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.nn import functional as F
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy
+
+from paraxis.ops import loss
+from paraxis.parallel import remat
+from paraxis.parallel.tabulate import call_name
+from paraxis.plan.pretend import composite_rms_norm, replaced
+
+Graph = torch.fx.GraphModule
+
+
+@contextmanager
+def pretending_to_compile(backend: str) -> Iterator[None]:
+    """While inside, what is compiled is cut as AOTAutograd would cut it for `backend`; "none" leaves everything as it is."""
+    if backend == "none":
+        yield
+        return
+    known: dict[Any, Callable[..., Any]] = {}
+    with ExitStack() as inside:
+        inside.enter_context(replaced(torch, "compile", partial(_compile, known)))
+        inside.enter_context(replaced(loss, "_compiled", lambda: (loss.vocabulary_statistics, loss.logit_gradient)))
+        yield
+
+
+def _compile(known: dict[Any, Callable[..., Any]], forward: Callable[..., Any], *, backend: str, fullgraph: bool, **_: Any) -> Any:
+    """Stands in for torch.compile of a block's forward. Blocks that cannot be compiled in one piece run as they are: the pieces between
+    breaks keep what eager blocks do, or less."""
+    if not fullgraph:
+        return forward
+    module: nn.Module = getattr(forward, "__wrapped__", forward).__self__
+    options = inspect.getclosurevars(forward).nonlocals.get("options") if hasattr(forward, "__wrapped__") else None
+    checkpointing = None if options is None else str(getattr(options.get("context_fn"), "args", "all"))
+
+    def call(*args: Any) -> Any:
+        parameters = dict(module.named_parameters())
+        tensors = [x for x in tree_leaves((parameters, args)) if isinstance(x, Tensor)]
+        traits = tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors)
+        key = type(module), checkpointing, torch.is_grad_enabled(), traits
+        if key not in known:
+            known[key] = _cut(module, forward, tuple(parameters), backend)
+            with _disable_current_modes(), replaced(F, "rms_norm", composite_rms_norm):  # taken apart, as a compiler does
+                # Makes the graphs. Nobody follows this run, and what it is given may be held on to.
+                known[key](*tree_map_only(Tensor, _alike, (list(parameters.values()), *args)))
+        return known[key](list(parameters.values()), *args)
+
+    return call
+
+
+def _cut(module: nn.Module, forward: Callable[..., Any], names: tuple[str, ...], backend: str) -> Callable[..., Any]:
+    """`forward` as a function of the module's parameters and its arguments, cut into a forward and a backward graph."""
+    policy: list[Callable[[Any], CheckpointPolicy]] = []
+
+    def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        policy.append(_wanted(options))
+        return function(*args)
+
+    def functional(parameters: list[Tensor], *args: Any) -> Any:
+        with _reparametrize_module(module, dict(zip(names, parameters, strict=True))), replaced(remat, "checkpoint", checkpoint):
+            return forward(*args)
+
+    def partition(joint: Graph, inputs: Any, **options: Any) -> tuple[Graph, Graph]:
+        if policy:
+            _tag(joint, policy[0])
+        return min_cut_rematerialization_partition(joint, inputs, **options)
+
+    return aot_function(functional, fw_compiler=_run, bw_compiler=_run, partition_fn=partition, decompositions=_decompositions(backend))
+
+
+class _Runner(torch.fx.Interpreter):
+    """Runs a graph. Attention that is recomputed comes wrapped, so that its random state is that of the first time; it draws nothing."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(target, "__name__", "")
+        if name == "run_and_save_rng_state":
+            return torch.empty(0, dtype=torch.uint8), args[0](*args[1:], **kwargs)
+        if name == "run_with_rng_state":
+            return args[1](*args[2:], **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _run(gm: Graph, example_inputs: Any) -> Callable[..., Any]:
+    """Runs a graph node by node, and lets go of arguments and values after their last use, as generated code does."""
+
+    def call(args: list[Any]) -> Any:
+        return _Runner(gm).boxed_run(args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def _decompositions(backend: str) -> dict[Any, Any]:
+    if backend != "inductor":
+        return {}
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def _alike(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.requires_grad)
+
+
+def _wanted(options: dict[str, Any]) -> Callable[[Any], CheckpointPolicy]:
+    """What checkpointing with these options wants of each operator, asked in the order of the forward."""
+    contexts = options.get("context_fn")
+    if contexts is None:
+        return lambda operator: CheckpointPolicy.PREFER_RECOMPUTE
+    kept: Any = contexts.args[0]  # a policy, or the calls whose outputs are kept; see remat.checkpoint_blocks
+    if callable(kept):
+        policy: Any = kept
+        return lambda operator: policy(None, operator)
+    calls: Counter[str] = Counter()
+
+    def wanted(operator: Any) -> CheckpointPolicy:
+        family = call_name(operator)
+        if family is None:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        calls[family] += 1
+        return CheckpointPolicy.MUST_SAVE if (family, calls[family] - 1) in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return wanted
+
+
+def _tag(joint: Graph, policy: Callable[[Any], CheckpointPolicy]) -> None:
+    """Says of every forward operator what checkpointing wants of it; whatever needs a gradient of the output is backward's."""
+    backward: set[torch.fx.Node] = set()
+    for node in joint.graph.nodes:
+        if (node.op == "placeholder" and "tangents" in str(node.target)) or any(one in backward for one in node.all_input_nodes):
+            backward.add(node)
+        elif isinstance(node.target, torch._ops.OpOverload):
+            node.meta["recompute"] = policy(node.target)
+            node.meta["ac_graph_id"] = 0

@@ -1,0 +1,77 @@
+"""Compiled blocks without a compiler: what they keep for backward is what really compiled ones keep."""
+
+from collections import Counter
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paraxis.base.seams import Batch
+from paraxis.base.strategy import RematConfig
+from paraxis.parallel.apply import compile_blocks
+from paraxis.parallel.remat import checkpoint_blocks, kept_by
+from paraxis.plan.compiled import pretending_to_compile
+from paraxis.recipes.find import find
+
+MODES: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+
+
+def block_and_inputs(mode: Literal["none", "selective", "full"]) -> tuple[Any, tuple[Any, ...]]:
+    """A block with values, checkpointed, and what it is called with."""
+    torch.manual_seed(0)
+    config: Any = find("debug", {"model.layers": 1})[0]
+    model = config.model.build()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    [block] = model.blocks()
+    checkpoint_blocks([block], kept_by(RematConfig(mode=mode), 1))
+    seen: list[tuple[Any, ...]] = []
+    hook = block.register_forward_pre_hook(lambda module, args: seen.append(args))
+    tokens = torch.arange(32).view(1, 32)
+    model(Batch(tokens, tokens, tokens))
+    hook.remove()
+    x, *others = seen[0]
+    return block, (x.detach().requires_grad_(), *others)
+
+
+def kept(block: Any, inputs: tuple[Any, ...]) -> Counter[tuple[torch.Size, torch.dtype]]:
+    """What a block's backward is given, parameters, inputs and random states (bytes of the host's) left out."""
+    out: Tensor = block(*inputs)
+    own = {x.data_ptr() for x in (*block.parameters(), *(x for x in inputs if isinstance(x, Tensor)))}
+    saved = out.grad_fn.saved_tensors  # type: ignore[union-attr]
+    out.sum().backward()
+    return Counter((x.shape, x.dtype) for x in saved if x.data_ptr() not in own and x.dtype != torch.uint8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pretended_block_keeps_what_a_compiled_one_does(mode: Literal["none", "selective", "full"]):
+    block, inputs = block_and_inputs(mode)
+    compile_blocks([block], "aot_eager", whole=True)
+    really = kept(block, inputs)
+    gradients = [p.grad.clone() for p in block.parameters()]
+    block, inputs = block_and_inputs(mode)
+    with pretending_to_compile("aot_eager"):
+        compile_blocks([block], "aot_eager", whole=True)
+    pretended = kept(block, inputs)
+    assert pretended == really
+    for parameter, gradient in zip(block.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_recomputing_more_keeps_less():
+    sizes = []
+    for mode in MODES:
+        block, inputs = block_and_inputs(mode)
+        with pretending_to_compile("inductor"):
+            compile_blocks([block], "inductor", whole=True)
+        sizes.append(sum(number * shape.numel() * dtype.itemsize for (shape, dtype), number in kept(block, inputs).items()))
+    assert sizes[0] >= sizes[1] > sizes[2]
+
+
+def test_a_block_that_breaks_into_pieces_runs_as_it_is():
+    block, _ = block_and_inputs("none")
+    before = block.forward
+    with pretending_to_compile("inductor"):
+        compile_blocks([block], "inductor", whole=False)
+    assert block.forward == before

@@ -1,0 +1,174 @@
+"""Timed steps: what is priced, what a compiler merges, and what follows for whole runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from paraxis.plan.cluster_file import read_cluster
+from paraxis.plan.fusion import last_uses, merged
+from paraxis.plan.operators import Operator
+from paraxis.plan.predict import Prediction, predict
+from paraxis.plan.pretend import PretendedDevice
+from paraxis.plan.trace import Trace, trace_step
+from paraxis.recipes.find import find
+from paraxis.train.config import RunConfig
+
+H100 = PretendedDevice("cpu", 0, "NVIDIA H100 80GB HBM3", 79 << 30)
+
+
+def config_of(settings: dict[str, object]) -> RunConfig:
+    """A wide model, so that work counts and not the starting of kernels; with short rows, and nothing recomputed."""
+    return find("llama3_8b", {"compile": "none", "remat.mode": "none", "data.seq_len": 1024, **settings})[0]
+
+
+@pytest.fixture
+def apart(world: Callable[..., list[Any]]) -> Callable[..., Any]:
+    """Calls a function in a process of its own, which is in no world yet."""
+
+    def call(function: Callable[..., Any]) -> Any:
+        def alone() -> Any:
+            dist.destroy_process_group()
+            return function()
+
+        return world(1, alone, timeout=100)[0]
+
+    return call
+
+
+def predicted(ranks: int, settings: dict[str, object], **options: Any) -> Prediction:
+    return predict(config_of(settings), read_cluster("dgx_h100").with_devices(ranks), ranks, **options)
+
+
+def elementwise(reads: list[int], writes: list[int], bytes: int = 100) -> Operator:
+    touched = {"reads": tuple((place, bytes) for place in reads), "writes": tuple((place, bytes) for place in writes)}
+    return Operator(name="aten::mul", sort="traffic", fusible=True, **touched)
+
+
+def product(reads: list[int], writes: list[int]) -> Operator:
+    touched = {"reads": tuple((place, 100) for place in reads), "writes": tuple((place, 100) for place in writes)}
+    return Operator(name="aten::mm", sort="product", dtype="bf16", sizes=(8, 8, 8, 1), **touched)
+
+
+def test_elementwise_neighbours_are_one_kernel_that_leaves_out_what_is_between():
+    chain = [elementwise([0], [1]), elementwise([1], [2]), elementwise([2, 0], [3]), product([3], [4])]
+    found, inside = merged(chain, len(chain), last_uses(chain))
+    assert [one.name for one in found] == ["merged", "aten::mm"]
+    assert (found[0].reads, found[0].writes) == (((0, 100),), ((3, 100),))
+    assert inside == {1, 2}
+
+
+def test_a_product_on_the_way_keeps_kernels_apart():
+    chain = [elementwise([0], [1]), product([1], [2]), elementwise([2, 0], [3]), product([3, 1], [4])]
+    found, inside = merged(chain, len(chain), last_uses(chain))
+    assert [one.name for one in found] == ["merged", "aten::mm", "merged", "aten::mm"]
+    assert not inside
+
+
+def test_what_is_used_after_the_phase_is_written():
+    chain = [elementwise([0], [1]), elementwise([1], [2]), product([2], [3]), product([1], [4])]
+    assert merged(chain[:3], 3, last_uses(chain))[1] == set()
+    assert merged(chain[:3], 3, last_uses(chain[:3]))[1] == {1}
+
+
+def test_a_traced_step_has_the_models_products_and_attention(apart: Callable[..., Any]):
+    settings = {"model.layers": 2}
+
+    def traced() -> Trace:
+        return trace_step(config_of(settings), 1, 0, H100)
+
+    trace: Trace = apart(traced)
+    config = config_of(settings)
+    counted = sum(operator.flops for operator in trace.operators)
+    # The model counts attention's backward as two forwards; the kernel makes one of its five products again.
+    attention = sum(operator.flops for operator in trace.operators if operator.sort == "attention" and operator.backward) / 5
+    assert counted - attention == pytest.approx(config.model.flops_per_token(1024) * 1024, rel=0.01)
+
+
+def test_fsdp_gathers_and_reduces_every_parameter_as_it_really_does(apart: Callable[..., Any]):
+    def traced() -> Trace:
+        return trace_step(config_of({"parallel.fsdp": 4, "model.layers": 3}), 4, 1, H100)
+
+    trace: Trace = apart(traced)
+    with torch.device("meta"):
+        model = config_of({"model.layers": 3}).model.build()
+    parameters = sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for block in model.blocks() for p in block.parameters())
+    moved = {"all_gather": 0, "reduce_scatter": 0}
+    for operator in trace.operators:
+        if operator.lane in moved and operator.exchange == operator.lane:
+            assert operator.group == (0, 1, 2, 3)
+            moved[operator.lane] += operator.bytes
+    assert moved["all_gather"] == pytest.approx(2 * (parameters + blocks), rel=0.01)  # bf16; blocks forward and backward
+    assert moved["reduce_scatter"] == pytest.approx(4 * parameters, rel=0.01)  # fp32
+    begun = [operator.lane for operator in trace.operators if operator.sort == "begin"]
+    assert begun.count("all_gather") == 1 + 2 * 3
+    assert begun.count("reduce_scatter") == 1 + 3
+
+
+RUNS: dict[str, tuple[int, dict[str, object]]] = {
+    "sharded": (8, {"parallel.fsdp": 8, "model.layers": 7}),
+    "pipeline": (4, {"parallel.pp": 2, "parallel.fsdp": 2, "parallel.microbatches": 6, "model.layers": 10}),
+    "tensors": (4, {"parallel.tp": 2, "parallel.fsdp": 2, "model.layers": 6, "parallel.microbatches": 4, "remat.mode": "full"}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_prediction_from_few_blocks_takes_as_long_as_the_whole_step(name: str, apart: Callable[..., Any]):
+    ranks, settings = RUNS[name]
+    few, whole = apart(lambda: (predicted(ranks, settings), predicted(ranks, settings, exact=True)))
+    assert few.step_s == pytest.approx(whole.step_s, rel=0.005)
+    assert few.exposed_s == pytest.approx(whole.exposed_s, rel=0.01, abs=1e-6)
+    assert few.bubble == pytest.approx(whole.bubble, abs=0.005)
+    assert few.allocated == pytest.approx(whole.allocated, rel=0.005)
+    assert few.reserved == pytest.approx(whole.reserved, rel=0.05)
+
+
+def test_a_pipeline_of_equal_stages_has_the_bubble_of_its_schedule(apart: Callable[..., Any]):
+    common = {"parallel.pp": 2, "model.layers": 8, "parallel.cuts": "4,4"}
+    waits = apart(lambda: [predicted(2, {**common, "parallel.microbatches": number}).bubble for number in (2, 8)])
+    # The last stage has the vocabulary's product besides, for which the other waits: more than (p - 1) / m, and less with more to do.
+    assert waits[0] > waits[1] > 1 / 8
+
+
+def test_more_work_takes_longer_and_compiling_less(apart: Callable[..., Any]):
+    def steps() -> dict[str, Prediction]:
+        changes: dict[str, dict[str, object]] = {
+            "plain": {},
+            "deeper": {"model.layers": 8},
+            "longer": {"data.seq_len": 2048},
+            "recomputed": {"remat.mode": "full"},
+            "compiled": {"compile": "inductor"},
+            "more": {"parallel.microbatches": 4},
+        }
+        return {name: predicted(2, {"parallel.fsdp": 2, "model.layers": 6} | change) for name, change in changes.items()}
+
+    found = apart(steps)
+    plain = found["plain"]
+    for name in ("deeper", "longer", "recomputed", "more"):
+        assert found[name].step_s > plain.step_s, name
+    assert found["compiled"].step_s < plain.step_s
+    assert found["longer"].mfu > plain.mfu
+    assert plain.tokens_per_s == pytest.approx(1024 / plain.step_s)
+
+
+def test_ranks_that_are_placed_across_hosts_wait_for_the_slower_link(apart: Callable[..., Any]):
+    settings = {"parallel.tp": 2, "model.layers": 4, "data.seq_len": 4096}
+
+    def both() -> list[Prediction]:
+        cluster = read_cluster("dgx_h100").with_devices(16)
+        return [predict(config_of(settings), cluster, 2, placement=devices) for devices in ((0, 1), (0, 8))]
+
+    near, far = apart(both)
+    assert far.exposed_s > near.exposed_s
+    assert far.step_s > near.step_s
+    assert far.allocated == near.allocated
+
+
+def test_a_cluster_without_enough_devices_is_refused():
+    from paraxis.base.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="which has 8"):
+        predict(config_of({"parallel.fsdp": 16}), read_cluster("dgx_h100"), 16)

@@ -1,0 +1,118 @@
+"""`remat.mode=budget` and `auto` on whole runs: the numbers of one process, within the memory that was given, or a refusal."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from paraxis.base.errors import ConfigError
+from paraxis.base.replaced import replaced
+from paraxis.base.strategy import RematConfig
+from paraxis.data.config import DataConfig
+from paraxis.models.llama import LlamaConfig
+from paraxis.models.qwen3 import Qwen3MoEConfig
+from paraxis.ops.routing import RoutingConfig
+from paraxis.optim.config import OptimConfig
+from paraxis.train import recompute
+from paraxis.train.config import RunConfig, TrainConfig
+from paraxis.train.recompute import fill_blocks
+from tests.measure import MadeRows, Measured, measure, run_of, with_layout, worst_difference
+from tests.worlds import WorldError, run_world
+
+SEQ_LEN, VOCAB = 32, 64
+GIB = 2**30
+DENSE = LlamaConfig(vocab_size=VOCAB, width=32, layers=4, heads=4, kv_heads=2, mlp_width=64)
+BALANCED = RoutingConfig(experts=4, chosen=2, balance_loss=0.1, z_loss=0.1)
+EXPERTS = Qwen3MoEConfig(vocab_size=VOCAB, width=32, layers=2, heads=4, kv_heads=2, head_size=8, mlp_width=16, routing=BALANCED)
+
+
+def config_of(model: Any, kib: float, compile: str = "none") -> RunConfig:
+    return RunConfig(
+        model=model,
+        data=DataConfig(seq_len=SEQ_LEN),
+        train=TrainConfig(global_tokens=4 * SEQ_LEN),
+        optim=OptimConfig(name="sgd", lr=0.1, momentum=0.9, clip_norm=0.05),
+        precision="fp64",
+        compile=compile,  # type: ignore[arg-type]
+        remat=RematConfig(mode="budget", budget=kib * 1024 / GIB) if kib else RematConfig(),
+    )
+
+
+@cache
+def one_process(model: Any) -> Measured:
+    return measure(config=config_of(model, 0), layout="", rows=MadeRows(VOCAB, SEQ_LEN))
+
+
+# KiB that leave some operators of some blocks to be computed again: a block's input takes 8 KiB a row, all that its backward reads 124.
+CASES = [
+    ("", DENSE, 200, "none"),
+    ("fsdp2", DENSE, 200, "aot_eager"),
+    ("tp2", DENSE, 100, "none"),
+    ("tp2", DENSE, 100, "aot_eager"),
+    ("pp2", DENSE, 200, "none"),
+    ("pp2 x tp2", DENSE, 150, "aot_eager"),
+    ("pp2.zbv", DENSE, 400, "none"),
+    ("cp2.ring", DENSE, 120, "none"),
+    ("cp2.ulysses", DENSE, 120, "aot_eager"),
+    ("fsdp2 x ep2", EXPERTS, 150, "none"),
+    ("fsdp2 x ep2", EXPERTS, 150, "aot_eager"),
+]
+
+
+@pytest.mark.parametrize(("layout", "model", "kib", "compile"), CASES)
+def test_a_budget_changes_no_number_on_any_axis(layout: str, model: Any, kib: float, compile: str):
+    config = config_of(model, kib, compile)
+    found = measure(config=config, layout=layout, rows=MadeRows(VOCAB, SEQ_LEN))
+    expected = one_process(model)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-10)
+    assert worst_difference(found.grads, expected.grads) < (1e-10, "")
+    assert worst_difference(found.weights, expected.weights) < (1e-9, "")
+
+
+def choices_of(config: RunConfig, layout: str = "", ranks: int = 1) -> list[list[Any]]:
+    """What each rank's blocks keep, first stage to last."""
+
+    def rank() -> list[Any]:
+        chosen: list[Any] = []
+
+        def note(tables: Any, budget: int) -> Any:
+            found = fill_blocks(tables, budget)
+            chosen.append((budget, found))
+            return found
+
+        with replaced(recompute, "fill_blocks", note):
+            run_of(with_layout(config, layout), MadeRows(VOCAB, SEQ_LEN))
+        return chosen
+
+    return run_world(rank, ranks)
+
+
+def test_blocks_keep_what_fits_in_the_budget_and_less_for_more_micro_batches_at_once():
+    [[(budget, found)]] = choices_of(config_of(DENSE, 200))
+    assert budget == 200 * 1024
+    assert sum(choice.bytes for choice in found) <= budget
+    assert {choice.kept for choice in found} - {None, ()}, "some operators are kept, and some are not"
+    [first], [last] = choices_of(config_of(DENSE, 200), "pp2", ranks=2)
+    assert (first[0], last[0]) == (budget // 2, budget)  # 1F1B: the first rank keeps two micro-batches at once, the last one
+    assert sum(choice.seconds for choice in first[1]) > sum(choice.seconds for choice in last[1])
+
+
+def test_a_budget_below_what_full_recomputation_keeps_is_refused_with_what_it_lacks():
+    with pytest.raises(
+        WorldError, match=r"GiB is less .* inputs of 4 blocks for 1 micro-batches take 3.052e-05 GiB; give 1.9\d*e-06 GiB more"
+    ):
+        choices_of(config_of(DENSE, 30))
+
+
+def test_what_a_budget_cannot_mean_is_refused():
+    for settings, why in (
+        ({"mode": "full", "budget": 4.0}, "is read by remat.mode=budget, not full"),
+        ({"mode": "budget", "budget": 0.0}, "more than 0"),
+        ({"mode": "budget", "every": 2}, "remat.every=2 is read by"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            RematConfig(**settings)  # type: ignore[arg-type]
+    with pytest.raises(WorldError, match=r"remat\.budget=auto needs a GPU"):
+        choices_of(replace(config_of(DENSE, 0), remat=RematConfig(mode="budget")))
+    assert choices_of(replace(config_of(DENSE, 0), remat=RematConfig(mode="auto"))) == [[]]  # on a CPU: everything is kept
