@@ -45,7 +45,7 @@ def test_a_built_in_recipe_takes_settings():
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_and_the_list():
-    with pytest.raises(ConfigError, match=r"no recipe 'llama_8b'; did you mean llama3_8b\? Built in are debug, demo, llama3_1b"):
+    with pytest.raises(ConfigError, match=r"no recipe 'llama_8b'; did you mean llama3_8b\? Built in are debug, demo, gpt2_124m, llama3_1b"):
         find("llama_8b")
 
 
