@@ -26,11 +26,13 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from tests.record import Recorder
 from tests.worlds import run_world, warm_up
 
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # the thread that watches datasets' bars would stay, and tests fork
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

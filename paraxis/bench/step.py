@@ -70,7 +70,7 @@ class Ours:
     def _mfu_torchtitan(self, tokens_per_s: float) -> float | None:
         """MFU as TorchTitan counts it, which also takes the bf16 peak whatever the precision; None where it is not defined."""
         model = self.config.model
-        if not self.machine.devices or not isinstance(model, LlamaConfig):
+        if not self.machine.devices or not isinstance(model, LlamaConfig) or hasattr(model, "routing"):  # whose experts it would all count
             return None
         return mfu(torchtitan_flops_per_token(model, self.config.data.seq_len), tokens_per_s, self.machine.name, "bf16")
 

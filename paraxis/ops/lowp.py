@@ -224,6 +224,6 @@ def float8_problem(recipe: Float8, device: Device) -> str | None:
         return f"float8 products need an NVIDIA GPU of compute capability 8.9 or more, and {has}"
     if recipe.scaling == "rowwise" and capability < (9, 0):
         return f"products with a scale a row need compute capability 9.0 or more, and {has}"
-    if recipe.scaling == "blockwise" and capability != (9, 0):
-        return f"products of 1 x 128 by 128 x 128 blocks exist for compute capability 9.0 (Hopper) alone, and {has}"
+    if recipe.scaling == "blockwise":  # on an H200, products over 256 features were not those of the reference
+        return f"products of 1 x 128 by 128 x 128 blocks are right on a CPU alone so far, and this is {device.name}"
     return None

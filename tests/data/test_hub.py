@@ -20,7 +20,6 @@ from paraxis.data.prepare import prepare
 from paraxis.data.record import close_rows, continue_data, data_record, problem_with_data, skipped_records
 from tests.data.corpus import documents, sentences, tokenizer, tokenizer_folder
 
-datasets.disable_progress_bars()  # their thread would stay, and tests fork
 TEXTS = sentences(120)
 
 

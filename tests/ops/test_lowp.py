@@ -200,7 +200,12 @@ def test_a_compiler_sees_one_graph_and_gives_the_same_numbers(scaling):
 def test_a_cpu_multiplies_and_a_gpu_says_what_it_lacks(monkeypatch):
     assert all(float8_problem(recipe(scaling), CPU) is None for scaling in BLOCKS)
     gpu = Device("cuda", 0, "some GPU", 0)
-    for capability, able in (((8, 0), ()), ((8, 9), ("tensorwise",)), ((9, 0), tuple(BLOCKS)), ((10, 0), ("tensorwise", "rowwise"))):
+    for capability, able in (
+        ((8, 0), ()),
+        ((8, 9), ("tensorwise",)),
+        ((9, 0), ("tensorwise", "rowwise")),
+        ((10, 0), ("tensorwise", "rowwise")),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         problems = {scaling: float8_problem(recipe(scaling), gpu) for scaling in BLOCKS}
         assert {scaling for scaling, why in problems.items() if why is None} == set(able), capability
@@ -211,12 +216,14 @@ def test_a_cpu_multiplies_and_a_gpu_says_what_it_lacks(monkeypatch):
 @pytest.mark.parametrize("fast", [False, True], ids=["exact sums", "fast sums"])
 def test_on_a_gpu_the_product_is_the_product_of_what_its_factors_stand_for(fast):
     for name, (left, right) in pairs("cuda").items():
-        found = product(left, right, torch.bfloat16, fast=fast and "blockwise" not in name)  # blocks add up in one way only
+        if "blockwise" in name:  # refused there: float8_problem
+            continue
+        found = product(left, right, torch.bfloat16, fast=fast)
         assert error(found, reference_product(left, right, torch.bfloat16)) < 1e-2, name
 
 
 @pytest.mark.gpu
-@scalings
+@pytest.mark.parametrize("scaling", ["tensorwise", "rowwise"])
 def test_on_a_gpu_outputs_and_gradients_are_those_of_the_cpu(scaling):
     found, expected = (
         (ys, torch.autograd.grad(ys, [x, *weights], gradients))
