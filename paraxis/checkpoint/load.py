@@ -65,7 +65,7 @@ def read_manifest(files: Files) -> Manifest:
         raise CheckpointError(
             f"{files.path} has no {MANIFEST}, so it is not a complete paraxis checkpoint; "
             f"give a folder such as RUN_DIR/checkpoints/step-100. "
-            f"Weights from elsewhere come in with `paraxis convert import`; pickled ones are never opened"
+            f"Weights from elsewhere come in with `paraxis convert import`; nothing that is pickled in them runs"
         )
     size = files.size(MANIFEST)
     if size > MANIFEST_LIMIT_BYTES:
