@@ -9,10 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paraxis.base.config import suggestion
 from paraxis.base.errors import ConfigError, ParaxisError
 from paraxis.cli.arguments import parse, whole_number
-from paraxis.cli.bench_rows import ROWS_FLAGS, ROWS_OPTIONS, measure_rows
+from paraxis.cli.bench_rows import ROWS_FLAGS, ROWS_OPTIONS, measure_rows, refuse_settings
 from paraxis.resilience.launch import launch
 
 if TYPE_CHECKING:
@@ -26,9 +25,7 @@ def bench(arguments: list[str]) -> int:
     parsed = parse(arguments, OPTIONS, ROWS_FLAGS)
     if len(parsed.names) != 1:
         raise ConfigError("bench checkpoint takes no recipe; the state it saves is as large as --gib says")
-    for name in parsed.settings:
-        known = [f"--{option}" for option in (*OPTIONS, *ROWS_FLAGS)]
-        raise ConfigError(f"--{name} is not an option of bench checkpoint{suggestion(f'--{name}', known)} See paraxis bench --help")
+    refuse_settings("checkpoint", parsed, (*OPTIONS, *ROWS_FLAGS))
     size, runs = _bytes(parsed.options.get("gib", "1")), whole_number("runs", parsed.options.get("runs", "3"), 1)
 
     def rows(machine: "Machine") -> Iterator[dict[str, Any]]:

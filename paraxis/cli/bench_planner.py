@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paraxis.base.config import suggestion
 from paraxis.base.errors import ConfigError
 from paraxis.cli.arguments import Arguments, parse, whole_number
-from paraxis.cli.bench_rows import ROWS_FLAGS, ROWS_OPTIONS, measure_rows
+from paraxis.cli.bench_rows import ROWS_FLAGS, ROWS_OPTIONS, measure_rows, refuse_settings
 
 if TYPE_CHECKING:
     from paraxis.bench.machine import Machine
@@ -22,9 +21,7 @@ def run(arguments: list[str]) -> int:
     parsed = parse(arguments, OPTIONS, FLAGS)
     if len(parsed.names) != 1:
         raise ConfigError("bench planner takes no recipe: its runs are those of the published rows")
-    for name in parsed.settings:
-        known = [f"--{option}" for option in (*OPTIONS, *FLAGS)]
-        raise ConfigError(f"--{name} is not an option of bench planner{suggestion(f'--{name}', known)} See paraxis bench --help")
+    refuse_settings("planner", parsed, (*OPTIONS, *FLAGS))
     first = whole_number("first", parsed.options["first"], 1) if "first" in parsed.options else None
     if "calibrate" in parsed.flags:
         return _calibrate(parsed, first)

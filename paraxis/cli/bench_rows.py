@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paraxis.base.config import redact
+from paraxis.base.config import redact, suggestion
 from paraxis.base.errors import ConfigError
 from paraxis.cli.arguments import Arguments
 
@@ -48,6 +48,13 @@ def measure_rows(benchmark: str, parsed: Arguments, arguments: Sequence[str], ro
         Console(width=TABLE_WIDTH).print(rich_table(results))
     console.print(f"results: {out}", soft_wrap=True)
     return 1 if any(row.get("error") for row in results.rows) else 0
+
+
+def refuse_settings(benchmark: str, parsed: Arguments, options: Sequence[str]) -> None:
+    """Raises ConfigError for an option that a benchmark without a recipe does not have, with the nearest of its `options`."""
+    for name in parsed.settings:
+        hint = suggestion(f"--{name}", [f"--{option}" for option in options])
+        raise ConfigError(f"--{name} is not an option of bench {benchmark}{hint} See paraxis bench --help")
 
 
 def results_file(parsed: Arguments, results: "Results", name: str) -> Path:

@@ -61,7 +61,7 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill, ke
     stored = dict(model.named_parameters())
     if alone:
         make_room_for_copies(model, strategy.precision.compute)
-    if strategy.float8 is not None and strategy.float8.gathered and not alone:
+    if strategy.float8 is not None and strategy.float8.gathered:
         gather_in_float8(model, products, mesh, strategy.precision.compute, compiled=strategy.compile == "inductor")
     shards = [_filled(parameter, stored[name], placed[name], fill) for name, parameter in model.named_parameters()]
     if alone:

@@ -36,7 +36,7 @@ class Copies:
         copy.grad = None
         if master.grad is None:
             master.grad = torch.empty_like(master, requires_grad=False)
-            torch._foreach_copy_([master.grad], [grad])  # twice as fast as grad.to(master.dtype), whose kernel is not vectorised
+            torch._foreach_copy_([master.grad], [grad])  # grad.to(master.dtype) has a kernel that is not vectorised
         else:
             master.grad.add_(grad)
 
