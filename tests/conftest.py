@@ -12,6 +12,7 @@ import sys
 os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
+    JE_ARROW_MALLOC_CONF="background_thread:false",  # Arrow's allocator starts one when it is imported
     HF_HUB_DISABLE_PROGRESS_BARS="1",  # each of transformers' is watched by a thread
     TORCHINDUCTOR_COMPILE_THREADS="1",
     PYTORCH_NVML_BASED_CUDA_CHECK="1",

@@ -77,9 +77,10 @@ def worker_variables(rank: int, ranks: int, store_path: Path) -> dict[str, str]:
 
 
 def stay_forkable() -> None:
-    """Keeps this process free of threads and of CUDA, so that ranks can be forked from it; only before it first imports torch."""
+    """Keeps this process free of threads and of CUDA, so that ranks can be forked from it; only before it first imports torch or Arrow."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # Arrow's allocator starts one when it is imported
     count_gpus_without_cuda()
 
 

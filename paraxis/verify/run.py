@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from paraxis.base.env import become_worker, read_environment
+from paraxis.base.env import become_worker, count_gpus_without_cuda, read_environment
 from paraxis.base.errors import ConfigError, TrainingError
 from paraxis.base.seams import Rows
 from paraxis.data.config import DataConfig
-from paraxis.parallel.world import join, leave, visible_devices
+from paraxis.parallel.world import can_be_copied, join, leave, visible_devices
 from paraxis.resilience.fork import WorldError, fork_world
 from paraxis.train.config import RunConfig
 from paraxis.verify.compare import TOLERANCES, Row, Whole, compare, put_together
@@ -30,13 +30,20 @@ def verify(
 
     A layout that fails, dies or hangs is a row that says so; the others still run. Ranks are this machine's GPUs where there are enough,
     else CPU processes; they are forked, so this process must have no threads and not have used CUDA. Raises ConfigError, before anything
-    runs, for a layout that is refused or a precision that has no tolerance, and TrainingError where one process fails already.
+    runs, for a layout that is refused, a precision that has no tolerance, or GPUs that ranks forked from here could not use, and
+    TrainingError where one process fails already.
     """
     if precision not in TOLERANCES:
         raise ConfigError(f"precision={precision!r} cannot be compared number by number; choose one of {', '.join(TOLERANCES)}")
     for layout in layouts:
         if problem := why_not(config, layout, precision):
             raise ConfigError(f"layout {layout}: {problem}")
+    count_gpus_without_cuda()
+    if visible_devices() and not can_be_copied():
+        raise ConfigError(
+            "verify forks its ranks, which cannot use GPUs once this process has used CUDA, and it has: a recipe that does so when it is "
+            "imported or built, or code that called verify; keep CUDA out of it, or set CUDA_VISIBLE_DEVICES= to verify on CPU processes"
+        )
     trials = _Trials(config, precision, steps, timeout_s)
     return (trials.verdict(layout) for layout in layouts)
 
@@ -49,6 +56,7 @@ class _Trials:
         # AdamW divides by the root of gradients that may be near nothing: in fp32 its weights are rounding.
         self._optimizers = [name for name in OPTIMIZERS if precision == "fp64" or name == "sgd"]
         self._devices = visible_devices()
+        torch.compiler.disable(lambda: None)  # loads the compiler: once here, where each rank would load it for half of its time
         self._right: dict[tuple[int, int, bool], tuple[float, dict[str, Whole]]] = {}
 
     def verdict(self, layout: str) -> Row:
@@ -97,6 +105,7 @@ def _measured(configs: Sequence[RunConfig], steps: int, gpus: bool, timeout_s: f
     def body(rank: int, store_path: Path) -> bytes:
         become_worker(rank, ranks, store_path, gpus)
         torch.set_num_threads(1)
+        torch.backends.cudnn.allow_tf32 = False  # of convolutions on GPUs: fp32 is to be fp32, as it is in matrix products
         world = join(read_environment())
         packed = [measure_rank(config, world, rows_of(config), steps).packed() for config in configs]
         dist.barrier()  # nobody leaves while another still needs its connection

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +76,55 @@ def test_an_illegal_layout_and_a_coarse_precision_are_refused_before_anything_ru
         verify(debug, ["dp2", "tp8"])
     with pytest.raises(ConfigError, match="precision='bf16' cannot be compared number by number; choose one of fp64, fp32"):
         verify(debug, ["dp2"], precision="bf16")
+
+
+def test_gpus_that_forked_ranks_could_not_use_are_refused(monkeypatch, debug):
+    monkeypatch.setattr(run, "visible_devices", lambda: 2)
+    monkeypatch.setattr(run, "can_be_copied", lambda: False)
+    with pytest.raises(ConfigError, match=r"once this process has used CUDA.* or set CUDA_VISIBLE_DEVICES= to verify"):
+        verify(debug, ["dp2"])
+
+
+def python(code: str) -> str:
+    """What a process of its own prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_the_command_forks_ranks_from_a_process_of_one_thread():
+    code = """
+import os
+from paraxis.base.env import stay_forkable
+stay_forkable()
+from paraxis.verify import run
+fork = run.fork_world
+run.fork_world = lambda *args, **kwargs: (print("threads", len(os.listdir("/proc/self/task"))), fork(*args, **kwargs))[1]
+from paraxis.cli import main
+assert main(["verify", "debug", "--layouts", "dp2", "--steps=1"]) == 0
+"""
+    assert [line for line in python(code).splitlines() if line.startswith("threads")] == ["threads 1"] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("recipe", "layouts"),
+    [("debug", "fsdp2 tp2 pp2 pp2.zbv cp2.ring cp2.ulysses"), ("qwen3_30b_a3b", "fsdp2xep2"), ("deepseek_v3", "cp2.ringxep2")],
+)
+def test_layouts_on_gpus_give_the_numbers_of_one_gpu(recipe, layouts):
+    code = f"""
+from paraxis.base.env import count_gpus_without_cuda
+count_gpus_without_cuda()
+from paraxis.parallel.world import visible_devices
+from paraxis.cli import main
+if visible_devices() < 2:
+    print("too few")
+else:
+    assert main("verify {recipe} --layouts {layouts} --debug".split()) == 0
+"""
+    if python(code) == "too few\n":
+        pytest.skip("needs two GPUs")
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "tp2"])
