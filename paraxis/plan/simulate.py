@@ -11,7 +11,7 @@ from typing import Literal
 
 from paraxis.base.schedule import Action, Schedule, needs
 
-Lane = Literal["compute", "all_gather", "reduce_scatter", "exchange", "p2p"]
+Lane = Literal["compute", "all_gather", "reduce_scatter", "exchange", "p2p", "wait"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ Item = Compute | Start | Wait
 
 @dataclass(frozen=True)
 class Span:
-    """What a rank of the pipeline does from `start_s` to `end_s`; `name` is an action such as 2F0, or a phase."""
+    """What a rank of the pipeline does from `start_s` to `end_s`; `name` is an action such as 2F0, or a phase.
+
+    On the lane `wait` it waits for messages with nothing to compute, for those of the lane `name`: within an action's time on `compute`
+    for collectives, before it for what another rank sends (p2p).
+    """
 
     rank: int
     lane: Lane
@@ -96,8 +100,14 @@ class Player:
     def await_message(self, ready_s: float, travelled_s: float) -> None:
         """Waits for what another rank sends: the time that it travelled is exposed, the rest is the pipeline's."""
         idle_s = max(0.0, ready_s - self.now_s)
-        self.exposed_s += min(idle_s, travelled_s)
         self.now_s += idle_s
+        self._exposed("p2p", self.now_s - min(idle_s, travelled_s))
+
+    def _exposed(self, lane: Lane, start_s: float) -> None:
+        """It has waited since `start_s` for messages of `lane`."""
+        if self.now_s > start_s:
+            self.exposed_s += self.now_s - start_s
+            self.spans.append(Span(self.rank, "wait", lane, start_s, self.now_s))
 
     def _compute(self, seconds: float) -> None:
         end_s = self.now_s + seconds
@@ -133,8 +143,8 @@ class Player:
         for one in taken:
             waiting.remove(one)
         end_s = max((end_s for _, end_s in taken), default=0.0)
-        self.exposed_s += max(0.0, end_s - self.now_s)
-        self.now_s = max(self.now_s, end_s)
+        start_s, self.now_s = self.now_s, max(self.now_s, end_s)
+        self._exposed(item.lane, start_s)
         if item.lane == "all_gather":
             self._gathered = [self._gathered[-1], self.now_s]
 
