@@ -78,11 +78,14 @@ class Sketch:
     traced: Sequence[int]
     leading: int
 
+    def step(self) -> list[Pass]:
+        """What the whole model's step holds."""
+        return extended(passes(self.base), {stage: passes(trace) for stage, trace in self.more.items()}, self.layers, self.leading + EDGE)
+
     def peak(self) -> Peak:
         """Where the step holds the most. What is reserved beyond that, in holes and page ends, is taken to be what it is in `base`."""
-        base = passes(self.base)
-        found = peak(extended(base, {stage: passes(trace) for stage, trace in self.more.items()}, self.layers, self.leading + EDGE))
-        return replace(found, reserved=found.bytes + self.base.reserved - peak(base).bytes)
+        found = peak(self.step())
+        return replace(found, reserved=found.bytes + self.base.reserved - peak(passes(self.base)).bytes)
 
 
 def sketch(config: RunConfig, ranks: int, rank: int, device: PretendedDevice, *, exact: bool = False) -> Sketch:

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
+
 from paraxis.base.axes import Degrees
 from paraxis.base.errors import ConfigError
 from paraxis.base.schedule import Action, Schedule, most_in_flight
@@ -18,10 +20,13 @@ from paraxis.plan.memory import Peak, Sketch, sketch
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.simulate import Item, Played, Player, Span, finished, play_pipeline
 from paraxis.plan.timing import Place, Steps
-from paraxis.plan.trace import stage_output
+from paraxis.plan.trace import CATEGORIES, stage_output
 from paraxis.train.config import RunConfig
 from paraxis.train.run import on_meta
 from paraxis.train.stages import Stages, build_stages
+
+
+CURVE = 2000  # points of a prediction's memory over time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,8 @@ class Prediction:
     `tokens_per_s` is that of one device. `mfu` is None where the model does not count its operations. `exposed_s` is the time that the
     rank which waits longest waits for messages with nothing to compute; `bubble` the time ranks wait for each other in a pipeline over the
     time they work. `peak` says what rank `rank` holds at its fullest, by category, and what the caching allocator has reserved then;
-    `usable` is what it can have on the device, in bytes. `timeline` has what each rank of a pipeline does when.
+    `usable` is what it can have on the device, in bytes. `timeline` has what each rank of a pipeline does when, `memory` what rank `rank`
+    holds when: (seconds from the step's start, bytes by category), at most CURVE points.
     """
 
     step_s: float
@@ -43,6 +49,7 @@ class Prediction:
     peak: Peak
     usable: int
     timeline: Sequence[Span]
+    memory: Sequence[tuple[float, Mapping[str, int]]]
 
     @property
     def held(self) -> Mapping[str, int]:
@@ -96,7 +103,15 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
         peak=peaks[fullest],
         usable=places[fullest].accelerator.usable_bytes,
         timeline=played.spans,
+        memory=_curve(sketches[fullest], played.step_s),
     )
+
+
+def _curve(traced: Sketch, step_s: float) -> list[tuple[float, Mapping[str, int]]]:
+    """What the rank holds, each event as long as any other."""
+    held = np.concatenate([piece for one in traced.step() for piece in one.pieces])
+    kept = np.unique(np.append(np.linspace(0, len(held) - 1, min(CURVE - 1, len(held))).astype(int), held.sum(1).argmax()))
+    return [(step_s * n / len(held), dict(zip(CATEGORIES, held[n].tolist(), strict=True))) for n in kept.tolist()]
 
 
 def _steps(traced: Sketch, place: Place, config: RunConfig) -> Steps:
