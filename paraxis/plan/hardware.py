@@ -58,13 +58,18 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What devices talk over; `bytes_per_s` is that of one device in one direction. A `share` or latency of 0 is its kind's."""
+    """What devices talk over; `bytes_per_s` is that of one device in one direction. A `share` or latency of 0 is its kind's.
+
+    `skew_s`: ranks of a step come to a collective at different times, which a benchmark of collectives does not see. The last of n is
+    late by this times log2(n), as the largest of n random delays grows.
+    """
 
     name: str
     kind: str
     bytes_per_s: float
     latency_s: float = 0.0
     share: float = 0.0
+    skew_s: float = 0.0
     source: str = ""
     measured: str = ""
     exchanges: tuple[Exchange, ...] = field(default=(), repr=False)
@@ -74,8 +79,9 @@ class Link:
             raise ConfigError(f"link {self.name}: kind={self.kind!r} is unknown; choose one of {', '.join(LINK_KINDS)}")
         if not self.bytes_per_s > 0:
             raise ConfigError(f"link {self.name}: bytes_per_s={self.bytes_per_s} must be more than 0")
-        if not 0 <= self.share <= 1 or self.latency_s < 0:
-            raise ConfigError(f"link {self.name}: share={self.share} must be from 0 to 1, latency_s={self.latency_s} 0 or more")
+        if not 0 <= self.share <= 1 or min(self.latency_s, self.skew_s) < 0:
+            said = f"share={self.share} must be from 0 to 1, latency_s={self.latency_s} and skew_s={self.skew_s} 0 or more"
+            raise ConfigError(f"link {self.name}: {said}")
 
     @property
     def reached(self) -> float:
@@ -199,8 +205,7 @@ class Cluster:
             return 0.0
         key = kind, int(bytes), tuple(self.host_of(rank) for rank in ranks)
         if key not in self._timed:
-            route = self._route(key[2])
-            self._timed[key] = _measured(route, kind, bytes) or modelled(route, kind, bytes)
+            self._timed[key] = self._route(key[2]).exchange_s(kind, bytes)
         return self._timed[key]
 
     @cached_property
@@ -228,6 +233,17 @@ class Route:
     ports: int
     inside: Link | None
     across: Link | None
+
+    @property
+    def skew_s(self) -> float:
+        """How late the last rank comes: delays arise in hosts, so the link inside them has it where there is one."""
+        link = self.inside or self.across
+        return link.skew_s * math.log2(self.ranks) if link else 0.0
+
+    def exchange_s(self, kind: ExchangeKind, bytes: float) -> float:
+        """Seconds of a collective on a buffer of `bytes`: measured where a link has a table, else modelled."""
+        seconds = _measured(self, kind, bytes) or modelled(self, kind, bytes)
+        return seconds if kind == "p2p" else seconds + self.skew_s
 
 
 def modelled(route: Route, kind: ExchangeKind, bytes: float) -> float:
