@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paraxis.base.errors import CheckpointError
-from paraxis.checkpoint.load import Checkpoint, newest, open_checkpoint
+from paraxis.checkpoint.load import Checkpoint, newest, open_checkpoint, open_listed
 from paraxis.checkpoint.local_store import looks_like_checkpoint
 from paraxis.checkpoint.manifest import MANIFEST
 from paraxis.checkpoint.place import Location, Url, checkpoints_of, location, step_in_name
@@ -113,7 +113,7 @@ def listed(folder: str | Location) -> list[Listed]:
 
 def _complete(store: Store, name: str, latest: str) -> Listed:
     try:
-        manifest = open_checkpoint(store.place / name).manifest
+        manifest = open_listed(store.place / name).manifest
     except CheckpointError as error:
         return _entry(store, name, latest, problem=f"damaged: {error}")
     return _entry(store, name, latest, generation=manifest.generation, layout=manifest.layout, tensors=len(manifest.tensors))

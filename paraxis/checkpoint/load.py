@@ -16,7 +16,7 @@ from paraxis.base.env import cores
 from paraxis.base.errors import CheckpointError
 from paraxis.base.layout import Box, whole_box
 from paraxis.checkpoint.manifest import CHUNK_BYTES, MANIFEST, Manifest, StoredFile, StoredPiece, StoredTensor
-from paraxis.checkpoint.place import Location
+from paraxis.checkpoint.place import Location, step_in_name
 from paraxis.checkpoint.store import Files, complete_folders, open_files
 from paraxis.checkpoint.tensor_file import DTYPES, HEADER_LIMIT_BYTES, Located, parse_header
 
@@ -43,10 +43,21 @@ def committed(folder: str | Location, warn: Callable[[str], None] = _log.warning
     found = []
     for path in complete_folders(folder):
         try:
-            found.append(open_checkpoint(path))
+            found.append(open_listed(path))
         except CheckpointError as error:
             warn(f"{path.name} is passed over: {error}")
     return sorted(found, key=lambda checkpoint: checkpoint.manifest.generation, reverse=True)
+
+
+def open_listed(path: Location) -> "Checkpoint":
+    """`open_checkpoint` of one that stands among others under the name of its step: a manifest of another step is refused too."""
+    checkpoint = open_checkpoint(path)
+    if (step := checkpoint.manifest.step) != step_in_name(path.name):
+        raise CheckpointError(
+            f"{path / MANIFEST} is that of step {step}: files of two checkpoints are mixed, or the folder was renamed; "
+            "put them back, or move it elsewhere"
+        )
+    return checkpoint
 
 
 def open_checkpoint(path: str | Location) -> "Checkpoint":

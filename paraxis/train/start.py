@@ -23,7 +23,7 @@ from paraxis.observe.folder import RunFolder
 from paraxis.train.config import TrainConfig
 from paraxis.train.resume import resume_run
 from paraxis.train.run import Run, on_meta
-from paraxis.train.state import buffers, follow, optimizer_tensors, weights
+from paraxis.train.state import buffers, follow, optimizer_tensors, warn_of_another_model, weights
 from paraxis.train.unregistered import refuse_unsaved
 
 log = logging.getLogger("paraxis")
@@ -147,7 +147,7 @@ def choose(source: WeightsSource, place: str, shapes: Mapping[str, tuple[int, ..
 def _open(place: str, whole: nn.Module, run: Run, skipped: Collection[str]) -> WeightsSource:
     where = location(place)
     if (found := checkpoint_in(where)) is not None:
-        _warn_of_another_model(place, found.meta.get("model"), run)
+        warn_of_another_model(place, found.meta.get("model"), run)
         return OurWeights(found)
     assert isinstance(where, Path)  # what is at a URL is ours, or nothing
     theirs = HuggingFaceWeights(where)
@@ -158,7 +158,7 @@ def _open(place: str, whole: nn.Module, run: Run, skipped: Collection[str]) -> W
             "give the model an attribute keys, a dict from its parameters' names to theirs"
         )
     if theirs.config.get("model_type") in FROM_HF:
-        _warn_of_another_model(place, to_record(from_hf(theirs.config)), run)
+        warn_of_another_model(place, to_record(from_hf(theirs.config)), run)
     for layer, count in theirs.left_out.items():
         log.info("%s: %s is left out (multi-token prediction, %d tensors)", place, layer, count)
     return TheirWeights(theirs, keys, [name for name, _ in whole.named_parameters() if name not in skipped or to_theirs(keys, name)])
@@ -178,26 +178,6 @@ def _refuse_without_optimizer(run: Run, source: WeightsSource, place: str, taken
         lacking = [name for name in trained if MODEL + name in taken.boxes and source.shape(f"{OPTIMIZER}{state}/{name}") is None]
         if lacking:
             raise CheckpointError(f"{place} lacks the optimizer's {state} of {some(lacking)}; use train.init_parts=weights")
-
-
-def _warn_of_another_model(place: str, record: Any, run: Run) -> None:
-    """Shapes may agree where models do not: says which settings of the model are not those that its weights were trained with."""
-    now = to_record(run.config.model)
-    if not isinstance(record, Mapping) or now is None:
-        return
-    was, here = dict(_flat(record)), dict(_flat(now))
-    apart = [key for key in here if key in was and was[key] != here[key] and not key.endswith("vocab_size")]
-    if apart:
-        told = ", ".join(f"{key.removeprefix('fields.')} {was[key]} (here {here[key]})" for key in apart)
-        log.warning("the model in %s is not quite this one: %s", place, told)
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def _skipped(name: str, patterns: Collection[str]) -> bool:

@@ -12,6 +12,7 @@ Initial values, data order and learning rate are functions of seed and step, and
 copies of tied weights follow the first. unsaved.py and unregistered.py refuse what has a state and no entry.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,16 @@ import torch
 from paraxis.base.errors import CheckpointError
 from paraxis.base.layout import whole_box
 from paraxis.checkpoint.load import Checkpoint
+from paraxis.checkpoint.manifest import files_beside
 from paraxis.checkpoint.place import Location
 from paraxis.checkpoint.retain import HELD_OUT, Keep, held_out
 from paraxis.checkpoint.save import Piece, save
 from paraxis.data.record import continue_data, data_record, problem_with_data
+from paraxis.models.buffers import persistent_buffers
 from paraxis.models.registry import to_record
-from paraxis.train.run import Run
+from paraxis.train.run import Run, on_meta
+
+log = logging.getLogger("paraxis")
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,14 @@ def _random(run: Run) -> Iterator[Piece]:
 
 
 def _set_random(run: Run, checkpoint: Checkpoint) -> None:
+    # Read where they are of no use too: nothing of a checkpoint that a run goes on from is left unverified.
+    states = {device: checkpoint.read(f"random/{device}") for device in ("cpu", "cuda") if f"random/{device}" in checkpoint.tensors}
     if run.world.size > 1:
         return
-    if "random/cpu" in checkpoint.tensors:
-        torch.set_rng_state(checkpoint.read("random/cpu"))
-    if "random/cuda" in checkpoint.tensors and run.world.device.is_cuda:
-        torch.cuda.set_rng_state(checkpoint.read("random/cuda"))
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and run.world.device.is_cuda:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _position(run: Run) -> dict[str, Any]:
@@ -171,7 +178,10 @@ def save_run(
 
 
 def refuse_foreign(run: Run, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where `checkpoint` is of another model, optimizer, seed or data, or holds weights alone."""
+    """Raises CheckpointError where `checkpoint` is of another model, optimizer, seed or data, or holds weights alone.
+
+    Settings of the model that neither names nor shapes show are a warning.
+    """
     held = checkpoint.meta
     if "optimizer" not in held:
         raise CheckpointError(f"{checkpoint.path} holds weights but no state of a run, so it cannot be resumed; start in another --run-dir")
@@ -194,12 +204,46 @@ def refuse_foreign(run: Run, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} has {found} for {piece.name}, which this model needs in shape {piece.shape}; "
                 f"resume with the recipe it was saved from, or start in another --run-dir"
             )
+    whole = on_meta(run.config)
+    known = {f"model/{name}" for name, _ in whole.named_parameters()} | {f"buffer/{name}" for name in persistent_buffers(whole)}
+    if spare := [name for name in checkpoint.tensors if name.startswith(("model/", "buffer/")) and name not in known]:
+        raise CheckpointError(
+            f"{checkpoint.path} has {len(spare)} tensors that this model has not, {spare[0]} the first; "
+            f"resume with the recipe it was saved from, or start in another --run-dir"
+        )
+    warn_of_another_model(str(checkpoint.path), held.get("model"), run)
+
+
+def warn_of_another_model(place: str, record: Any, run: Run) -> None:
+    """Shapes may agree where models do not: says which settings of the model are not those that its weights were trained with."""
+    now = to_record(run.config.model)
+    if not isinstance(record, Mapping) or now is None:
+        return
+    was, here = dict(_flat(record)), dict(_flat(now))
+    apart = [key for key in here if key in was and was[key] != here[key] and not key.endswith("vocab_size")]
+    if apart:
+        told = ", ".join(f"{key.removeprefix('fields.')} {was[key]} (here {here[key]})" for key in apart)
+        log.warning("the model in %s is not quite this one: %s", place, told)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def restore_run(run: Run, checkpoint: Checkpoint) -> None:
-    """Continues `run` from what `checkpoint` holds, once `refuse_foreign` has passed it. Raises CheckpointError where it is damaged."""
+    """Continues `run` from what `checkpoint` holds, once `refuse_foreign` has passed it. Raises CheckpointError where it is damaged.
+
+    All ranks together read every byte of it, those of files that nothing is taken from too.
+    """
     for piece in _restored(run):
         checkpoint.read(piece.name, piece.box, out=piece.tensor)
+    if run.world.first:
+        for name in files_beside(checkpoint.manifest):
+            checkpoint.file(name)
     for one in STATE.values():
         one.restore(run, checkpoint)
 

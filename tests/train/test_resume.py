@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import RECIPES, SMALL, Command, assert_same_curves, assert_same_state, events, metrics, paraxis, saved, succeeded
+from tests.runs import RECIPES, SMALL, Command, assert_same_curves, assert_same_state, events, metrics, paraxis, refusal, saved, succeeded
 
 QUIET = "--metrics.tensorboard=false"
 LAYOUTS = {
@@ -111,6 +111,15 @@ def test_a_run_continues_on_another_layout(train: Train, tmp_path: Path):
     succeeded(paraxis(*train("whole", *batch, "--train.steps=4"), folder=tmp_path))
     parts, whole = ([m["loss"] for m in metrics(tmp_path / run)] for run in ("run", "whole"))
     assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_model_that_lacks_what_was_saved_is_refused_and_settings_that_shapes_do_not_show_are_told_of(tmp_path: Path):
+    run = ["train", f"{RECIPES}:layers", "--run-dir=run"]
+    succeeded(paraxis(*run, "--train.steps=2", folder=tmp_path))
+    words = refusal(paraxis(*run, "--model.layers=3", folder=tmp_path), 77)
+    assert "run/checkpoints/step-2 has 9 tensors that this model has not, model/layers.3." in words
+    told = succeeded(paraxis(*run, "--train.steps=3", "--model.rope.theta=5e5", folder=tmp_path)).err
+    assert "the model in run/checkpoints/step-2 is not quite this one: rope.theta 10000.0 (here 500000.0)" in told
 
 
 def test_resume_must_never_and_auto_do_what_they_say(tmp_path: Path):
