@@ -1,4 +1,7 @@
-"""Savers that are copies of their rank instead of a Python of their own: there in no time, and with whatever a test has interposed."""
+"""Savers that are copies of their rank instead of a Python of their own, there in no time and with whatever a test has interposed.
+
+And what ends a process at a byte of what it writes.
+"""
 
 import os
 import signal
@@ -8,6 +11,7 @@ from collections.abc import Callable
 from paraxis.base.forked import Forked
 from paraxis.checkpoint import background, saver
 from paraxis.checkpoint.background import BackgroundSaver
+from paraxis.checkpoint.tensor_file import DiskFile
 
 
 class Copied(Forked):
@@ -20,6 +24,23 @@ class Copied(Forked):
 
 def nothing(rank: int) -> None:
     pass
+
+
+def die_at_byte(offset: int, end: Callable[[], None]) -> None:
+    """From now on `end` is called when this process has written so many bytes more of checkpoints, which are then in their file."""
+    write, left = DiskFile.write, [offset]
+
+    def counted(file: DiskFile, data: memoryview) -> None:
+        if 0 <= left[0] < len(data):
+            write(file, data[: left[0]])
+            file._file.flush()
+            end()
+            data = data[left[0] :]
+            left[0] = -1
+        left[0] -= len(data) if left[0] >= 0 else 0
+        write(file, data)
+
+    DiskFile.write = counted
 
 
 def copy_savers(before: Callable[[int], None] = nothing) -> None:

@@ -26,11 +26,10 @@ from paraxis.checkpoint.ranks import OneProcess
 from paraxis.checkpoint.save import Piece, save
 from paraxis.checkpoint.saver import StoreRanks
 from paraxis.checkpoint.store import open_store
-from paraxis.checkpoint.tensor_file import DiskFile
 from paraxis.checkpoint.verify import verify
 from paraxis.parallel.meeting import Meeting
 from paraxis.resilience.fork import WorldError, fork_world
-from tests.checkpoint.forked_savers import copy_savers
+from tests.checkpoint.forked_savers import copy_savers, die_at_byte
 
 FILES = {"config.toml": b"a = 1\n", "tokenizer/tokenizer.json": bytes(range(256)) * 40}
 KILLED_AFTER = 1.3  # of the time that a save takes: some come too late
@@ -58,20 +57,7 @@ def pieces(step: int, rank: int, ranks: int) -> list[Piece]:
 def at_byte(offset: int) -> Plan:
     """The process ends when it has written so many bytes more."""
 
-    def plan(end: Callable[[], None], seconds: float) -> None:
-        write, left = DiskFile.write, [offset]
-
-        def counted(file: DiskFile, data: memoryview) -> None:
-            if len(data) > left[0]:
-                write(file, data[: left[0]])
-                file._file.flush()
-                end()
-            left[0] -= len(data)
-            write(file, data)
-
-        DiskFile.write = counted
-
-    return plan
+    return lambda end, seconds: die_at_byte(offset, end)
 
 
 def after(share: float) -> Plan:

@@ -1,16 +1,28 @@
 """Runs that save behind their steps: the same run, the same checkpoints, and nothing lost by whatever ends it."""
 
+import ctypes
+import errno
 import os
 import resource
 import signal
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from paraxis.checkpoint import objects
+from paraxis.checkpoint import save as saving
 from paraxis.checkpoint.background import BackgroundSaver
-from paraxis.checkpoint.load import open_checkpoint
+from paraxis.checkpoint.load import committed, newest, open_checkpoint
+from paraxis.checkpoint.local_store import LocalStore
+from paraxis.checkpoint.tensor_file import DiskFile
+from paraxis.checkpoint.verify import verify
+from tests.checkpoint.forked_savers import copy_savers
+from tests.objects import Fault, served
 from tests.runs import RECIPES, Command, assert_same_curves, assert_same_state, events, metrics, paraxis, refusal, saved, succeeded
 
 BEHIND = ["--checkpoint.mode=async", "--checkpoint.keep_last=9"]
@@ -185,3 +197,112 @@ def test_a_run_that_ends_for_its_numbers_still_finishes_the_save_that_was_under_
     assert "3 steps in a row" in refusal(command.wait(), 70)
     assert reasons(tmp_path / "run") == [("saving", 4), ("saved", 4)]
     assert saved(tmp_path / "run")[0]["step"] == 4
+
+
+def at_a_slow_disk() -> None:
+    """Nothing of step 4 is written before the run has told of step 6."""
+    write = DiskFile.write
+
+    def slow(file: DiskFile, data: memoryview) -> None:
+        deadline_s = time.monotonic() + 40
+        while "step-4." in file._file.name and len(metrics(Path("run"))) < 6:
+            if time.monotonic() > deadline_s:
+                raise OSError(errno.ETIMEDOUT, "no step was taken meanwhile", file._file.name)
+            time.sleep(0.01)
+        write(file, data)
+
+    DiskFile.write = slow
+    copy_savers()
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_steps_go_on_while_a_slow_disk_takes_a_checkpoint(ranks: int, tmp_path: Path):
+    steps = [f"--parallel.fsdp={ranks}", "--train.steps=8"]
+    succeeded(paraxis(*run(*steps, "--run-dir=whole"), folder=tmp_path))
+    succeeded(paraxis(*run(*steps, *BEHIND, "--checkpoint.every=4", "--run-dir=run"), folder=tmp_path, before=at_a_slow_disk))
+    assert events(tmp_path / "run", "warning") == []
+    assert reasons(tmp_path / "run") == [("saving", 4), ("saved", 4), ("saved", 8)]
+    assert_same_curves(tmp_path / "whole", tmp_path / "run")
+    assert_same_state(tmp_path / "whole", tmp_path / "run")
+
+
+def heed_permissions() -> None:
+    """Has this process, though it be root's, held to what folders permit."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)  # version 3, this thread
+    assert libc.capget(header, sets) == 0
+    effective, *rest = struct.unpack("6I", sets.raw)
+    overrides = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, struct.pack("6I", effective & ~overrides, *rest)) == 0
+
+
+def in_a_folder_that_turns_read_only(moment: str) -> Callable[[], None]:
+    """The folder of the checkpoints cannot be written before, or in the middle of, the save of step 4; from step 6 on it can again."""
+    place = Path("run/checkpoints")
+
+    def before() -> None:
+        heed_permissions()
+        begin, opened = saving._begin, DiskFile.__init__
+
+        def turned(store: LocalStore, step: int) -> dict[str, Any]:
+            if step != 2:
+                place.chmod(0o555 if step == 4 and moment == "before" else 0o755)
+            return begin(store, step)
+
+        def turning(file: DiskFile, path: Path) -> None:
+            if moment == "during" and "step-4." in str(path):
+                place.chmod(0o555)
+            opened(file, path)
+
+        saving._begin, DiskFile.__init__ = turned, turning
+        copy_savers()
+
+    return before
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("async", marks=pytest.mark.full)])
+def test_a_folder_that_turns_read_only_costs_a_warning_and_that_checkpoint(mode: str, moment: str, tmp_path: Path):
+    steps = ["--parallel.fsdp=2", "--train.steps=7", "--checkpoint.every=2", "--checkpoint.keep_last=9", f"--checkpoint.mode={mode}"]
+    ended = succeeded(paraxis(*run(*steps, "--run-dir=run"), folder=tmp_path, before=in_a_folder_that_turns_read_only(moment)))
+    [warning] = events(tmp_path / "run", "warning")
+    assert "the checkpoint of step 4 could not be saved, training goes on: " in warning["reason"]
+    assert "Permission denied" in warning["reason"]
+    assert "could not be saved" in ended.err + ended.out
+    assert [step for reason, step in reasons(tmp_path / "run") if reason == "saved"] == [2, 6, 7]
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-2", "step-6", "step-7", "latest"}
+    assert all(verify(tmp_path / "run" / "checkpoints" / f"step-{step}").whole for step in (2, 6, 7))
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_store_that_fails_in_the_middle_of_a_save_behind_the_steps_costs_a_warning_and_that_checkpoint(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What passes is tried again; what lasts, the upload of a later part of step 4, leaves nothing of it to be seen."""
+    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(objects, "PART_BYTES", 4096)
+    place = "faulty://bucket/run"
+    steps = run(f"--parallel.fsdp={ranks}", "--checkpoint.every=2", "--optim.schedule=constant")
+    succeeded(paraxis(*steps, "--train.steps=9", "--run-dir=front", folder=tmp_path))
+    with served(tmp_path / "bench") as bench:
+        bench.expect(Fault("part", "step-2", times=1), Fault("part", "step-4", skip=1), late_listings=2)
+        behind = [*steps, *BEHIND, f"--checkpoint.folder={place}", "--run-dir=run"]
+        ended = succeeded(paraxis(*behind, "--train.steps=7", folder=tmp_path, before=copy_savers))
+        [warning] = events(tmp_path / "run", "warning")
+        assert (
+            "the checkpoint of step 4 could not be saved, training goes on: faulty://bucket/run/step-4 was not saved" in warning["reason"]
+        )
+        assert "could not be saved" in ended.err + ended.out
+        assert reasons(tmp_path / "run") == [("saving", 2), ("saved", 2), ("saving", 4), ("saving", 6), ("saved", 6), ("saved", 7)]
+        bench.expect()
+        assert [one.manifest.step for one in committed(place)] == [7, 6, 2]
+        assert all(verify(one.path).whole for one in committed(place))
+        assert not [key for key in bench.there() if "step-4" in key]
+        assert list((bench.folder / "uploads").iterdir()) == []
+        succeeded(paraxis(*behind, "--train.steps=9", folder=tmp_path, before=copy_savers))
+        assert [event["step"] for event in events(tmp_path / "run", "resume")] == [7]
+        here, there = open_checkpoint(newest(tmp_path / "front" / "checkpoints")), open_checkpoint(newest(place))
+        assert here.meta == there.meta
+        assert here.tensors == there.tensors
+        assert [name for name in here.tensors if not torch.equal(here.read(name), there.read(name))] == []
+    assert_same_curves(tmp_path / "front", tmp_path / "run")
