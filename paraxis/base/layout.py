@@ -226,6 +226,14 @@ def layout_settings(text: str) -> dict[str, int | str | tuple[int, ...]]:
     return {**dict.fromkeys(DEGREES, 1), **idle, **found}
 
 
+def laid_out(settings: Mapping[str, object], layout: str) -> dict[str, object]:
+    """The `settings` of a run with every degree of `layout`. Raises ConfigError for one that `settings` says too."""
+    degrees = {f"parallel.{field}": value for field, value in layout_settings(layout).items()}
+    if both := sorted(degrees.keys() & settings.keys()):
+        raise ConfigError(f"--layout={layout} says every degree, and so does --{both[0]}; leave out one of the two")
+    return {**settings, **degrees}
+
+
 def _numbered(kind: str) -> tuple[str, str]:
     """`ulysses2` as ("ulysses", "2")."""
     name = kind.rstrip("0123456789")

@@ -4,9 +4,11 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 _POLL_S = 0.02
 _GRACE_S = 15.0  # to end its own workers in, after each SIGTERM
@@ -37,10 +39,10 @@ def run_program(
 ) -> Timing:
     """Runs `command`, its output going to the file `output`, and asks `first_step_done` until it is.
 
-    After `limit_s` seconds the program is stopped, as it is when we are interrupted.
+    After `limit_s` seconds the program is stopped, as it is when we are interrupted or asked to end. Called in the main thread.
     """
     first_step_s = None
-    with open(output, "wb") as file:
+    with open(output, "wb") as file, leaving_on_sigterm():
         started_s = time.perf_counter()
         process = subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=variables
@@ -56,6 +58,20 @@ def run_program(
     if first_step_s is None and first_step_done():  # between two looks
         first_step_s = wall_s
     return Timing(code, first_step_s, wall_s)
+
+
+@contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """While inside, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt: a program that we run must not keep the devices."""
+
+    def leave(number: int, frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

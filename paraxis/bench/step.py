@@ -10,6 +10,7 @@ from typing import Any
 
 from paraxis.base.config import redact
 from paraxis.base.errors import ConfigError
+from paraxis.base.layout import laid_out
 from paraxis.bench.machine import Machine
 from paraxis.bench.program import reason, run_program
 from paraxis.bench.rows import Measured, Pace, Row
@@ -76,10 +77,14 @@ class Ours:
 
 
 def ours(name: str, recipe: str, settings: Mapping[str, object], ranks: int | None, machine: Machine, pace: Pace) -> Ours:
-    """The row `name` of a recipe. Raises ConfigError for settings that the recipe does not have."""
+    """The row `name` of a recipe; of its `settings`, `layout` says every degree at once, as it does for `paraxis train`.
+
+    Raises ConfigError for settings that the recipe does not have.
+    """
     if "train.steps" in settings:
         raise ConfigError("train.steps is the benchmark's own here; set --steps (and --warmup) instead")
-    config, _ = find(recipe, {**QUIET, **settings})
+    shaped = {path: value for path, value in settings.items() if path != "layout"}
+    config, _ = find(recipe, {**QUIET, **(laid_out(shaped, str(settings["layout"])) if "layout" in settings else shaped)})
     changed = words({path: value for path, value in settings.items() if path.startswith("model.")})
     row = Row(
         system="paraxis",

@@ -31,12 +31,13 @@ usage: paraxis bench step RECIPE [--field=value ...] [options]
        paraxis bench loss RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
        paraxis bench collectives [--ranks N] [--quick] [--name NAME] [--out FILE] [--json]
        paraxis bench planner [--rows DIR] [--first N] [--calibrate] [--name NAME] [--out FILE] [--json]
+       paraxis bench planner --measured FILE --cluster NAME [--name NAME] [--out FILE] [--json]
        paraxis bench table FILE ... | --into PAGE
 
 step trains the recipe as `paraxis train` does, once for each row, and reports per device tokens/s (median over the steps after
 the warm-up), step time, peak memory, MFU, losses, and the time from launch to the end of step 1. Settings hold for every row.
 
-  --row "NAME: --field=value ..."  a row of its own with these settings on top; may be repeated (default: one row)
+  --row "NAME: --field=value ..."  a row of its own with these settings on top, or --layout=LAYOUT; may be repeated (default: one row)
   --ranks N                        workers (default: as paraxis train chooses)
   --steps N                        steps of a run (default: 15), of which
   --warmup N                       the first are not measured (default: 5)
@@ -71,7 +72,9 @@ collectives makes the table of what paraxis probe measures of the links: microse
 
 planner predicts step times and memory that others have published, on a laptop, and prints how far it is off, in percent and with sign,
 beside two published equations. --rows is where the rows are (default: bench/published), --first takes the first N of each set;
---calibrate fits the constants of devices again, on the rows that are for that, and prints them.
+--calibrate fits the constants of devices again, on the rows that are for that, and prints them. --measured predicts instead the runs of
+a results file that has their recipe, options and ranks, on the cluster file NAME: memory allocated and reserved, step time, and whether
+they fit. Rows named in the file beside it that ends in .calibration.txt are not scored.
 
 table prints results files as Markdown; with --into, it makes the tables marked in a page again instead, from the files of
 bench/results that the marks name: <!-- table: step-... --> to <!-- end of table -->.

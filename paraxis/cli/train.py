@@ -66,6 +66,7 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
     if not env.is_worker:
         count_gpus_without_cuda()
     # Here, so that help does not wait for torch.
+    from paraxis.base.layout import laid_out
     from paraxis.parallel.world import can_be_copied
     from paraxis.recipes.find import find
     from paraxis.train.check import check
@@ -75,7 +76,7 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
     resume = one_of("resume", parsed.options.get("resume", "auto"), RESUME)
     settings = _known(parsed.settings, recipe)
     if layout := parsed.options.get("layout"):
-        settings = _laid_out(settings, layout)
+        settings = laid_out(settings, layout)
     config, base = find(recipe, settings)
     if "help" in parsed.flags:
         show(settings_help(recipe, describe(config)))
@@ -105,16 +106,6 @@ def _as_worker(arguments: list[str]) -> int:
 
     torch.set_num_threads(worker_threads())
     return main(["train", *arguments])
-
-
-def _laid_out(settings: dict[str, object], layout: str) -> dict[str, object]:
-    """`settings` with the degrees of `layout`, one for every axis; an axis that is set beside it is refused."""
-    from paraxis.base.layout import layout_settings
-
-    degrees = {f"parallel.{field}": value for field, value in layout_settings(layout).items()}
-    if both := sorted(degrees.keys() & settings.keys()):
-        raise ConfigError(f"--layout={layout} says every degree, and so does --{both[0]}; leave out one of the two")
-    return {**settings, **degrees}
 
 
 def _known(settings: dict[str, object], recipe: str) -> dict[str, object]:

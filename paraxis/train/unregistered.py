@@ -55,6 +55,8 @@ class FirstStep:
         if run.world.size == 1:
             return  # whatever it has drawn and counted is saved
         cpu, *gpu = (not torch.equal(a, b) for a, b in zip(self._before, _generators(run), strict=True))
+        # Compilers for GPUs draw numbers to time kernels with; and what models draw on a GPU is drawn from the GPU's own generator.
+        cpu = cpu and not (run.world.device.is_cuda and run.strategy.compile == "inductor")
         if any(gpu):  # not refused: a kernel may move the generator on without using what it drew
             log.warning(
                 "the device's random generator has moved in the first step; random numbers of the model's would differ between layouts"

@@ -21,7 +21,7 @@ def paraxis(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_benchmark_measures_real_steps_and_records_a_row_that_fails(tmp_path: Path):
-    rows = ("--row", "good: --train.micro_batch=3", "--row", "bad: --data.paths=nonesuch")
+    rows = ("--row", "good: --layout=fsdp2 --train.micro_batch=3", "--row", "bad: --data.paths=nonesuch")
     done = paraxis("bench", "step", "debug", "--steps", "5", "--warmup", "2", *rows, "--logs", "logs", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     [file] = (tmp_path / "bench/results").iterdir()
@@ -30,8 +30,8 @@ def test_a_benchmark_measures_real_steps_and_records_a_row_that_fails(tmp_path: 
     assert results["command"].startswith("paraxis bench step debug --steps 5 --warmup 2 --row 'good: ")
     good, bad = results["rows"]
     assert list(good["losses"]) == ["1", "2", "3", "4", "5"]
-    assert (good["layout"], good["ranks"], good["precision"], good["batch"], good["error"]) == ("one rank", 1, "fp32", 3, None)
-    # Both are of the middle one of three steps, on 3 rows of 64 tokens.
+    assert (good["layout"], good["ranks"], good["precision"], good["batch"], good["error"]) == ("fsdp2", 2, "fp32", 3, None)
+    # Both are of the middle one of three steps, on 3 rows of 64 tokens a rank.
     assert good["tokens_per_s"] * good["step_s"] == pytest.approx(3 * 64, rel=0.01)
     assert 0 < good["first_step_s"] < good["wall_s"]
     assert bad["error"].startswith("data.paths: no file at ")

@@ -1,5 +1,6 @@
 """Programs are timed, ended at their limit, and their failure is told in one line."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,17 +27,22 @@ def test_a_program_is_ended_at_its_limit(tmp_path: Path):
     assert reason(timing, "", 1) == "stopped after 1 s"
 
 
-def test_a_program_does_not_outlive_an_interrupted_benchmark(tmp_path: Path):
+@pytest.mark.parametrize("how", ["interrupted", "asked to end"])
+def test_a_program_does_not_outlive_its_benchmark(tmp_path: Path, how: str):
     beats = tmp_path / "beats"
     code = f"import time\nwhile True:\n open({str(beats)!r}, 'a').write('x')\n time.sleep(0.05)"
 
-    def interrupt() -> bool:
+    def stop() -> bool:
         if beats.exists():
-            raise KeyboardInterrupt
+            if how == "interrupted":
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
         return False
 
-    with pytest.raises(KeyboardInterrupt):
-        run_program([sys.executable, "-c", code], tmp_path / "log", first_step_done=interrupt, limit_s=60)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt if how == "interrupted" else SystemExit):
+        run_program([sys.executable, "-c", code], tmp_path / "log", first_step_done=stop, limit_s=60)
+    assert signal.getsignal(signal.SIGTERM) is before
     count = beats.stat().st_size
     time.sleep(0.3)
     assert beats.stat().st_size == count

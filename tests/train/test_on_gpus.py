@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from paraxis.checkpoint.load import open_checkpoint
 from tests.runs import assert_same_curves, assert_same_state, events, fresh_environment, metrics
@@ -14,8 +15,8 @@ pytestmark = pytest.mark.gpu
 SHORT = ["--data.seq_len=128", "--train.micro_batch=8", "--metrics.tensorboard=false", "--optim.schedule=constant"]
 
 
-def train(folder: Path, name: str, *arguments: str, devices: str = "0") -> None:
-    command = [sys.executable, "-m", "paraxis", "train", "debug", f"--run-dir={name}", *SHORT, *arguments]
+def train(folder: Path, name: str, *arguments: str, devices: str = "0", recipe: str = "debug") -> None:
+    command = [sys.executable, "-m", "paraxis", "train", recipe, f"--run-dir={name}", *SHORT, *arguments]
     ended = subprocess.run(
         command, cwd=folder, env=fresh_environment(CUDA_VISIBLE_DEVICES=devices), capture_output=True, text=True, timeout=200
     )
@@ -41,6 +42,17 @@ def test_compiled_bf16_follows_the_curve_of_fp32_on_a_cpu(tmp_path: Path):
     assert cpu[0] - cpu[-1] > 1
     apart = [abs(a - b) for a, b in zip(gpu, cpu, strict=True)]
     assert max(apart) < 0.03, apart
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("layout", ["tp2", "pp2.1f1b", "pp2.zbv", "cp2.ring", "cp2.ulysses"])
+def test_two_gpus_follow_the_curve_of_sharded_data_on_every_axis(layout: str, tmp_path: Path):
+    more = ["--train.steps=6", "--train.micro_batch=2", "--train.global_tokens=1024", "--precision=bf16", "--checkpoint.at_end=false"]
+    for name in ("fsdp2", layout):
+        train(tmp_path, name, *more, f"--layout={name}", "--compile=auto", devices="0,1")
+    curves = ([m["loss"] for m in metrics(tmp_path / run)] for run in ("fsdp2", layout))
+    apart = [abs(a - b) for a, b in zip(*curves, strict=True)]
+    assert max(apart) < 0.02, apart
 
 
 def test_a_run_that_saves_behind_its_steps_saves_what_it_would_in_front(tmp_path: Path):
