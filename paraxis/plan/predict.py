@@ -25,7 +25,6 @@ from paraxis.train.config import RunConfig
 from paraxis.train.run import on_meta
 from paraxis.train.stages import Stages, build_stages
 
-
 CURVE = 2000  # points of a prediction's memory over time
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed import device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,11 +27,13 @@ from paraxis.base.seams import Dispatch
 from paraxis.models import init
 from paraxis.parallel.collectives import functional
 from paraxis.parallel.world import World
+from paraxis.plan.remembered import Call, Result, call_of, known, made_again, remember
 
 PRETENDED = torch.device("cpu", 0)
 HALF = (torch.bfloat16, torch.float16)
 
 _aten = torch.ops.aten
+_MOVING = (_aten.set_.source_Storage, _aten.set_.source_Storage_storage_offset, _aten.set_.source_Tensor)  # into other storage
 _composite_attention = F.scaled_dot_product_attention
 composite_rms_norm = F.rms_norm
 _addmm_of_one_dtype = torch.addmm
@@ -58,22 +61,29 @@ class PretendedMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(kind is DTensor for kind in types):
+        if DTensor in types:
             return NotImplemented  # comes back as the operators on local tensors that it is made of
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}  # the host has no driver to pin with
-        if not (kwargs.get("device") == PRETENDED or any(self.holds(x) for x in tree_leaves((args, kwargs)))):
+        call = call_of(self.fake, func, args, kwargs)
+        if call is not None and not call.tensors and kwargs.get("device") != PRETENDED:
             return func(*args, **kwargs)
-        with self.fake:
-            out = func(*args, **kwargs)
-        self.made(out)
+        if call is not None and func not in _MOVING and (result := known(call)) is not None:
+            out = made_again(self.fake, call, result)
+        elif call is None and not (kwargs.get("device") == PRETENDED or any(self.holds(x) for x in tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        else:
+            with self.fake:
+                out = func(*args, **kwargs)
+            result = remember(self.fake, call, func, args, kwargs, out) if call is not None and func not in _MOVING else None
+        self.made(func, args, kwargs, out, call, result)
         return out
 
     def holds(self, x: object) -> bool:
         """Whether `x` is a tensor on this device."""
         return isinstance(x, FakeTensor) and x.fake_mode is self.fake
 
-    def made(self, out: Any) -> None:
+    def made(self, func: Any, args: Any, kwargs: Any, out: Any, call: Call | None, result: Result | None) -> None:
         """An operator has returned `out`."""
 
 
@@ -140,6 +150,15 @@ def _no_values(local: torch.Tensor, rule: Any, **place: Any) -> None:
     """Nobody reads the first values of pretended parameters, and making them takes a while."""
 
 
+def _own_group(plain: Callable[..., Any], rank: int) -> Callable[..., Any]:
+    """Makes no groups of others, of which a large world has thousands."""
+
+    def new_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return plain(ranks, *args, **kwargs) if ranks is None or rank in ranks else dist.GroupMember.NON_GROUP_MEMBER
+
+    return new_group
+
+
 # What torch puts together differently for each device, or asks the device for, as CUDA has it; and what need not be done.
 _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (F, "rms_norm", _rms_norm),
@@ -159,6 +178,8 @@ def pretended_world(ranks: int, rank: int, device: PretendedDevice) -> Iterator[
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     with ExitStack() as after:
         after.callback(dist.destroy_process_group)
+        for owner in (dist, device_mesh):
+            after.enter_context(replaced(owner, "new_group", _own_group(owner.new_group, rank)))
         for owner, name, value in _REPLACED:
             after.enter_context(replaced(owner, name, value))
         yield World(rank, ranks, 0, device, dist.HashStore())

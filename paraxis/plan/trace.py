@@ -25,6 +25,7 @@ from paraxis.plan.compiled import pretending_to_compile
 from paraxis.plan.fusion import COMPILED, last_uses, merged
 from paraxis.plan.operators import Operator, describe
 from paraxis.plan.pretend import PRETENDED, EvenDispatch, PretendedDevice, PretendedMemory, pretended_world, replaced
+from paraxis.plan.remembered import Call, Result
 from paraxis.plan.watch import watching
 from paraxis.train.config import RunConfig
 from paraxis.train.run import Run, assemble
@@ -115,16 +116,36 @@ class Recorder(PretendedMemory):
         with replaced(torch.UntypedStorage, "resize_", resize):
             yield
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if (said := _SAYS.get(func.name())) is not None:
+    def made(self, func: Any, args: Any, kwargs: Any, out: Any, call: Call | None, result: Result | None) -> None:
+        for x in tree_leaves(out) if result is None else _new(out, result):
+            if self.holds(x):
+                self._set(x.untyped_storage(), None)
+        if (said := _SAYS.get(name := func._schema.name)) is not None:
             place, category = said
             self.call(category, tree_leaves(args[place]), only="activations")
-        if (stream := _STREAM.get(func.name())) is not None and (number := self.number(args[0])) is not None:
+        if (stream := _STREAM.get(name)) is not None and (number := self.number(args[0])) is not None:
             self.trace.stream[number] = stream
-        if self.follows and (operator := describe(func, args, kwargs or {}, out, self.number, self.lane)) is not None:
+        if self.follows and (operator := self._described(func, args, kwargs, out, call, result)) is not None:
             self.note(operator)
-        return out
+
+    def _described(self, func: Any, args: Any, kwargs: Any, out: Any, call: Call | None, result: Result | None) -> Operator | None:
+        """What a call asks of the device, remembered with the call's storages in the place of allocations."""
+        if call is None or result is None or func.namespace in ("c10d", "_c10d_functional"):  # which are of one world
+            return describe(func, args, kwargs, out, self.number, self.lane)
+        storages = list(call.storages)
+        storages += [x.untyped_storage()._cdata for x in _new(out, result)]
+        if not result.is_described:
+            numbers = {storage: number for number, storage in enumerate(storages)}
+            result.described = describe(func, args, kwargs, out, lambda x: numbers[x.untyped_storage()._cdata], "compute")
+            result.is_described = True
+        if result.described is None:
+            return None
+        held = [self._held.get(storage) for storage in storages]
+        reads, writes = (
+            tuple((one[0], bytes) for place, bytes in touched if (one := held[place]) is not None)
+            for touched in (result.described.reads, result.described.writes)
+        )
+        return replace(result.described, lane=self.lane, reads=reads, writes=writes)
 
     def note(self, operator: Operator) -> None:
         """The device is asked for something."""
@@ -133,11 +154,6 @@ class Recorder(PretendedMemory):
     def mark(self, kind: str, action: Action | None = None) -> None:
         """Something begins."""
         self.trace.marks.append(Mark(kind, len(self.trace.operators), action))
-
-    def made(self, out: Any) -> None:
-        for x in tree_leaves(out):
-            if self.holds(x):
-                self._set(x.untyped_storage(), None)
 
     def call(self, category: str, tensors: Any, only: str | None = None) -> None:
         """Says what `tensors` are for, from the time they were made."""
@@ -185,6 +201,12 @@ class Recorder(PretendedMemory):
         del self._watched[key]
         number, size = self._held.pop(key)
         self.trace.events.append((number, -size))
+
+
+def _new(out: Any, result: Result) -> list[Any]:
+    """The outputs with storage of their own."""
+    outputs = (out,) if result.container is None else out
+    return [x for x, output in zip(outputs, result.outputs, strict=True) if output.new]
 
 
 def trace_step(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Trace:
