@@ -12,24 +12,25 @@ def cut_stages(
     stages: int,
     *,
     speed: Sequence[float] | None = None,
-    memory: Sequence[float] | None = None,
+    memory: Sequence[Sequence[float]] | None = None,
     cap: Sequence[float] | None = None,
 ) -> list[range]:
     """Which layers each stage runs: consecutive, at least one each.
 
-    `cost[i]` is the time of layer i on a device of speed 1, in any unit; `speed[s]` how fast stage s's device is. Where `memory` of
-    each layer and `cap` of each stage are given, no stage holds more than its cap. Of all cuts the slowest stage's time is least, and
-    of those the times are as even as can be (least sum of squares). Dynamic programming, O(stages * layers^2).
+    `cost[i]` is the time of layer i on a device of speed 1, in any unit; `speed[s]` how fast stage s's device is. Where they are given,
+    `memory[s][i]` is what layer i takes in stage s (an early stage keeps the activations of more micro-batches), and no stage holds more
+    than `cap[s]`. Of all cuts the slowest stage's time is least, and of those the times are as even as can be (least sum of squares).
+    Dynamic programming, O(stages * layers^2).
     Raises ConfigError where there are fewer layers than stages, or no cut within the caps.
     """
     layers = len(cost)
     if layers < stages:
         raise ConfigError(f"{layers} layers cannot be cut into {stages} pipeline stages; lower parallel.pp or the stages a rank")
-    time_to, memory_to = [0.0, *accumulate(cost)], [0.0, *accumulate(memory or [0.0] * layers)]
+    time_to, memory_to = [0.0, *accumulate(cost)], [[0.0, *accumulate(held)] for held in memory or ()]
 
     def seconds(stage: int, first: int, end: int) -> float:
         """What `stage` takes for layers `first` to `end`, or infinity where they do not fit."""
-        if cap is not None and memory_to[end] - memory_to[first] > cap[stage]:
+        if cap is not None and memory_to[stage][end] - memory_to[stage][first] > cap[stage]:
             return inf
         return (time_to[end] - time_to[first]) / (speed[stage] if speed else 1.0)
 

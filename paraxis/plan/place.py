@@ -30,7 +30,7 @@ from paraxis.plan.traffic import Traffic
 
 STARTS = 3  # so many of the first orders are searched from
 FEW = 64  # up to so many ranks, single devices move, every order of axes is tried, and every swap at the end
-MOVES_A_PAIR, MOST_MOVES = 60, 24_000
+MOVES_A_PAIR, LEAST_MOVES, MOST_MOVES = 60, 6_000, 24_000
 STRETCH = 16  # the most places that something is moved over, or turned around
 # What is worse by this part of the cost is accepted with a chance of 1 / e, at first and at last.
 HOT, COLD = 0.03, 1e-4
@@ -80,7 +80,7 @@ def place(cluster: Cluster, degrees: Degrees, traffic: Traffic, *, seed: int = 0
             search = _Search(start, links.hosts_of_devices, draw)
             if not alike:
                 pairs = len(start.units) ** 2 // 2
-                search.anneal((moves or min(MOST_MOVES, MOVES_A_PAIR * pairs)) // STARTS)
+                search.anneal((moves or min(MOST_MOVES, max(LEAST_MOVES, MOVES_A_PAIR * pairs))) // STARTS)
                 if start.board.slots <= FEW:
                     search.polish()
             tried += search.moves
