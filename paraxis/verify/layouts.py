@@ -19,13 +19,11 @@ DEFAULT_SCHEDULE = "1f1b"  # what a layout means that names none
 def legal_layouts(config: RunConfig, precision: str, most_ranks: int = MOST_RANKS, every_choice: bool = True) -> list[str]:
     """The layouts on up to `most_ranks` ranks that the shrunken recipe can run on, fewest ranks first.
 
-    Degrees are powers of two. With `every_choice` a combination of axes comes with every schedule, every way of attention and every
-    number of expert ranks, one of them varied at a time; else with the default of each.
+    With `every_choice` a combination of axes comes with every schedule, every way of attention and every number of expert ranks, one of
+    them varied at a time; else with the default of each.
     """
-    degrees = [2**n for n in range(most_ranks.bit_length())]
-    combinations: list[dict[str, int]] = [
-        dict(zip(AXES, c, strict=True)) for c in product(degrees, repeat=len(AXES)) if 1 < prod(c) <= most_ranks
-    ]
+    degrees = product(range(1, most_ranks + 1), repeat=len(AXES))
+    combinations: list[dict[str, int]] = [dict(zip(AXES, c, strict=True)) for c in degrees if 1 < prod(c) <= most_ranks]
     combinations.sort(key=lambda combination: prod(combination.values()))
     written = [text for combination in combinations for text in _written(combination, every_choice)]
     return [text for text in written if why_not(config, text, precision) is None]
@@ -54,11 +52,11 @@ def _written(combination: dict[str, int], every_choice: bool) -> Iterator[str]:
         yield from (text(pp=f".{schedule}") for schedule in SCHEDULES if schedule != DEFAULT_SCHEDULE)
     if combination["cp"] > 1:
         yield from (text(cp=f".{kind}") for kind in CP_KINDS if kind != "usp")
-        yield from (text(cp=f".ulysses{inner}") for inner in _halves(combination["cp"]))
+        yield from (text(cp=f".ulysses{inner}") for inner in _divisors(combination["cp"])[:-1])
     shards = combination["fsdp"] * combination["cp"]
-    yield from (f"{text()}xep{ways}" for ways in [*_halves(shards), *([shards] if shards > 1 else [])])
+    yield from (f"{text()}xep{ways}" for ways in _divisors(shards))
 
 
-def _halves(degree: int) -> list[int]:
-    """The powers of two between 1 and `degree`, both left out."""
-    return [2**n for n in range(1, degree.bit_length() - 1)]
+def _divisors(degree: int) -> list[int]:
+    """The numbers above 1 that divide `degree`."""
+    return [n for n in range(2, degree + 1) if degree % n == 0]
