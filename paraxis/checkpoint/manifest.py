@@ -19,6 +19,7 @@ CHUNK_BYTES = 16 * 2**20  # the unit of hashing: what must be read to trust any 
 
 _FORMAT = "paraxis checkpoint"
 _VERSION = 1
+_MOST_ENTRIES = 2**60  # what strides in bytes can still reach
 _NO_DIGEST = "0" * 64
 _HEAD = b'{"digest": "'
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -68,6 +69,8 @@ class StoredTensor:
     pieces: tuple[StoredPiece, ...]
 
     def __post_init__(self) -> None:
+        if prod(max(size, 1) for size in self.shape) >= _MOST_ENTRIES:
+            raise ValueError(f"{self.shape} is no shape of a tensor")
         boxes = {piece.box for piece in self.pieces}
         for box in boxes:
             if not len(box.offsets) == len(box.sizes) == len(self.shape):

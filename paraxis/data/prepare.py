@@ -111,9 +111,9 @@ def _mapped(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> Prepared:
     eos_id = tokenizer.eos_id if config.append_eos else None
     settings = read_meta(folder)["settings"]
     for name, has, needs in (
-        ("a tokenizer", settings["tokenizer"], tokenizer.sha256),
-        ("an end token", settings["eos_id"], eos_id),
-        ("data.chat", settings["chat"], config.chat),
+        ("a tokenizer", settings.get("tokenizer"), tokenizer.sha256),
+        ("an end token", settings.get("eos_id"), eos_id),
+        ("data.chat", settings.get("chat"), config.chat),
     ):
         if has != needs:
             raise DataError(f"{folder} was prepared with {name} = {has}, but this run has {needs}; use the same, or prepare the data again")

@@ -162,7 +162,29 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(f"the tokens are damaged: {error}; delete the folder {folder} and make it again") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{folder / META} is not of format {FORMAT}, which this version of paraxis reads; prepare the data again")
+    if not _describes_shards(meta):
+        raise DataError(f"the tokens are damaged: {folder / META} says what cannot be; delete the folder {folder} and make it again")
     return meta
+
+
+def _describes_shards(meta: Mapping[str, Any]) -> bool:
+    match meta:
+        case {
+            "fingerprint": str(),
+            "dtype": "<u2" | "<u4",
+            "masked": bool(),
+            "settings": {},
+            "shard_ends": [*ends],
+            "documents": int(documents),
+            "tokens": int(tokens),
+            "skipped": int(),
+            "first_skipped": str(),
+            "files": [*files],
+        }:
+            named = all(isinstance(file, dict) and file.keys() == FileRecord("").__dict__.keys() for file in files)
+            counts = [0, *ends, tokens]
+            return named and documents >= 0 and all(type(end) is int for end in ends) and counts == sorted(counts) and ends[-1:] == [tokens]
+    return False
 
 
 def join_parts(parts: Sequence[Path], folder: Path) -> None:
@@ -211,6 +233,8 @@ class Documents:
         self._trained: list[np.ndarray] = []
         for folder, meta in zip(folders, metas, strict=True):
             found = _map(folder / ENDS, np.dtype("<i8"), meta["documents"])
+            if len(found) and found[-1] != meta["tokens"]:
+                raise DataError(f"the tokens are damaged: {folder / ENDS} does not end where they do; delete {folder} and make it again")
             ends.append(found + before if before else found)
             shard_ends += [before + end for end in meta["shard_ends"]]
             for number, size in enumerate(np.diff(meta["shard_ends"], prepend=0).tolist()):

@@ -73,7 +73,8 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], kept: Sequence[Kept]) -> None
     for block, what in zip(blocks, kept, strict=True):
         if what is None:
             continue
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        # Generators are put back for the second time: what a block drops out it has to drop out again.
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
         if what == "costly":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
         elif what:

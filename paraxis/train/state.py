@@ -185,6 +185,18 @@ def refuse_foreign(run: Run, checkpoint: Checkpoint) -> None:
     held = checkpoint.meta
     if "optimizer" not in held:
         raise CheckpointError(f"{checkpoint.path} holds weights but no state of a run, so it cannot be resumed; start in another --run-dir")
+    match held:
+        case {
+            "step": int(),
+            "tokens": int(),
+            "row": int(),
+            "seed": int(),
+            "optimizer": {"name": str(), "counters": {}},
+            "data": {"seq_len": int()},
+        }:
+            pass
+        case _:
+            raise CheckpointError(f"{checkpoint.path} does not record a run as this version of paraxis does; start in another --run-dir")
     for what, saved, now in (
         ("train.seed", held["seed"], run.config.train.seed),
         ("optim.name", held["optimizer"]["name"], run.config.optim.name),

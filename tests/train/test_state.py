@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from paraxis.base.device import CPU
 from paraxis.base.errors import ConfigError
@@ -13,6 +15,7 @@ from paraxis.checkpoint.load import open_checkpoint
 from paraxis.cli import main
 from paraxis.cli.weights import open_weights
 from paraxis.models.buffers import first_buffers
+from paraxis.parallel.remat import checkpoint_blocks
 from paraxis.train.run import Run
 from paraxis.train.state import STATE, meta, pieces, save_run
 from tests.measure import MadeRows, run_of, with_layout
@@ -93,6 +96,26 @@ def test_skipped_steps_in_a_row_are_counted_on_after_a_resume(tmp_path: Path):
     assert saved(tmp_path / "run")[0]["skipped_steps"] == 2
     ended = paraxis(*run, folder=tmp_path)
     assert "3 steps in a row, up to step 5, had a loss or gradient that is not finite" in ended.err
+
+
+class Dropping(nn.Linear):
+    """A layer that drops out where no module shows it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x))
+
+
+@pytest.mark.parametrize("kept", ["costly", (), (("linear", 0),)], ids=str)
+def test_a_block_that_is_computed_again_drops_out_what_it_did_before(kept: Any):
+    gradients = []
+    for what in (None, kept):
+        torch.manual_seed(0)
+        blocks = [Dropping(8, 8) for _ in range(3)]
+        checkpoint_blocks(blocks, [what] * 3)
+        nn.Sequential(*blocks)(torch.randn(4, 8)).square().sum().backward()
+        gradients.append([block.weight.grad for block in blocks] + [torch.rand(1)])  # nor is anything drawn twice
+    assert all(map(torch.equal, *gradients))
+    assert not torch.equal(gradients[0][0], torch.zeros(8, 8))
 
 
 def buffers_of_a_rank(layout: str) -> dict[str, torch.Tensor]:
