@@ -10,8 +10,11 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paraxis.base.axes import DEGREES, Degrees
+from paraxis.base.device import Device
 from paraxis.base.layout import parse_layout
 from paraxis.base.schedule import write_csv
 from paraxis.base.schedules import SCHEDULES, Plan, build_schedule
@@ -23,9 +26,15 @@ from paraxis.models.llama import LlamaConfig
 from paraxis.models.qwen3 import Qwen3MoEConfig
 from paraxis.ops.routing import RoutingConfig
 from paraxis.optim.config import OptimConfig
+from paraxis.parallel.world import World
+from paraxis.train.choose import build_strategy
 from paraxis.train.config import RunConfig, TrainConfig
-from tests.measure import MadeRows, Measured, measure
+from paraxis.train.run import on_meta
+from paraxis.train.stages import build_stages
+from paraxis.train.step import make_gradients
+from tests.measure import MadeRows, Measured, measure, run_of, with_layout
 from tests.properties.test_layouts import assert_same
+from tests.worlds import run_world
 
 ROWS_A_STEP, SEQ_LEN, VOCAB = 8, 32, 64
 BALANCED = RoutingConfig(experts=8, chosen=2, balance_loss=0.1, z_loss=0.1, bias_rate=0.05)
@@ -214,3 +223,55 @@ def test_the_matrix_has_every_axis_schedule_and_way_across_a_split_context():
     counts = one_process("qwen3", False).tokens
     assert len(counts) == MODELS["qwen3"].layers
     assert all(len(set(tokens_e.tolist())) > 1 for tokens_e in counts.values()), "uneven, so that the bias moves"
+
+
+class Gathers(TorchDispatchMode):
+    """Counts all-gathers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        self.count += "c10d" in namespace and "allgather" in name.replace("_", "")
+        return func(*args, **(kwargs or {}))
+
+
+def gathers_of_a_step(config: RunConfig, rows: MadeRows) -> int:
+    run = run_of(config, rows)
+    loader = run.loader()
+    try:
+        with Gathers() as gathers:
+            make_gradients(run, [run.take(batch) for batch in next(loader)])
+    finally:
+        loader.close()
+    return gathers.count
+
+
+@pytest.mark.parametrize(("schedule", "ends"), [("1f1b", [1, 1, 1, 1]), ("zbv", [2, 2, 0, 0])])
+def test_a_pipeline_gathers_parameters_once_a_step_where_they_fit_and_else_for_each_pass_of_a_micro_batch(schedule, ends):
+    """`ends`: how many of the first and the last stage each rank has; their embedding, or norm and head, is gathered beside the blocks."""
+    config = with_layout(Line("dense", "").config, f"pp2.{schedule}xfsdp2")
+    blocks, micro_batches = MODELS["dense"].layers // 2, ROWS_A_STEP // 2
+    rows = MadeRows(VOCAB, SEQ_LEN)
+    assert run_world(gathers_of_a_step, 4, config, rows) == [blocks + n for n in ends]
+    config = replace(config, parallel=replace(config.parallel, reshard="always"))
+    for count, n in zip(run_world(gathers_of_a_step, 4, config, rows), ends, strict=True):
+        assert 2 * blocks * micro_batches <= count <= 2 * (blocks + n) * micro_batches
+
+
+@pytest.mark.parametrize(("schedule", "chosen"), [("1f1b", "inductor"), ("zbh1", "none"), ("zbv", "none"), ("dualpipev", "none")])
+def test_compile_auto_leaves_schedules_that_split_the_backward_uncompiled(schedule, chosen):
+    config = replace(with_layout(Line("dense", "").config, f"pp2.{schedule}"), compile="auto")
+    model, degrees = on_meta(config), config.parallel.degrees
+    world = World(0, 2, 0, Device("cuda", 0, "any GPU", 80 << 30), torch.distributed.HashStore())
+    at = dict.fromkeys(("dp", "fsdp", "tp", "cp", "pp"), 0)
+    assert build_strategy(config, world, at, build_stages(config, degrees, model), model).compile == chosen
+
+
+def test_the_head_counts_where_stages_are_cut():
+    config = with_layout(Line("deep", "").config, "pp2")
+    for vocab_size, layers in ((VOCAB, [4, 4]), (1000, [6, 2]), (2000, [7, 1])):
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
+        stages = build_stages(config, config.parallel.degrees, on_meta(config))
+        assert stages is not None
+        assert [len(own) for own in stages.layers] == layers
