@@ -22,11 +22,15 @@ HELD_OUT = "held_out"  # where a checkpoint's meta has the loss at its step
 
 @dataclass(frozen=True)
 class Keep:
-    """The `last` so many checkpoints (at least two), those whose step is a multiple of `every`, and the `best` so many."""
+    """The `last` so many checkpoints (at least two), those whose step is a multiple of `every`, and the `best` so many.
+
+    Those in `damaged`, by name, are known to be that: they count for none of these, and stay for a person to look at.
+    """
 
     last: int = KEEP_LEAST
     every: int = 0
     best: int = 0
+    damaged: Sequence[str] = ()
 
 
 KEEP = Keep()
@@ -70,6 +74,7 @@ def unwanted(candidates: Sequence[Candidate], keep: Keep) -> list[Candidate]:
 
     Losses are compared over the rows of the newest that was scored: over others they are of another kind.
     """
+    candidates = [one for one in candidates if one.name not in keep.damaged]
     wanted = {one.name for one in candidates[: max(keep.last, KEEP_LEAST)]}
     wanted |= {one.name for one in candidates if keep.every and one.step % keep.every == 0}
     rows = next((one.rows for one in candidates if one.loss is not None), "")

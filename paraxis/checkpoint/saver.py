@@ -62,7 +62,7 @@ class Job:
     folder: str
     step: int
     layout: str
-    keep: Mapping[str, int]
+    keep: Mapping[str, Any]
     meta: Mapping[str, Any]
     files: Mapping[str, Sequence[int]]
     parts: Sequence[Staged]

@@ -17,8 +17,8 @@ log = logging.getLogger("paraxis")
 def resume_run(run: Run, folder: RunFolder, resume: str) -> Location | None:
     """Continues from the newest checkpoint that reads whole on every rank, as `resume` allows; returns its path.
 
-    A damaged one is passed over with a warning. Raises ConfigError where `resume` forbids what is found, and CheckpointError
-    where there are checkpoints but none can be read, or where the newest is not of this run.
+    A damaged one is passed over with a warning, and remembered as `run.damaged`. Raises ConfigError where `resume` forbids what is
+    found, and CheckpointError where there are checkpoints but none can be read, or where the newest is not of this run.
     """
     place = checkpoints_of(run.config.checkpoint.folder, folder.path)
     whole, damaged = _found(run.world, place)
@@ -32,6 +32,7 @@ def resume_run(run: Run, folder: RunFolder, resume: str) -> Location | None:
         if (problem := _agreed(run.world, _problem(run, path))) is None:
             return path
         log.warning("%s is passed over: %s", name, problem)
+        run.damaged = (*run.damaged, name)
     if names:
         raise CheckpointError(
             f"none of the checkpoints in {place} can be read ({', '.join(names)}); restore one from a copy, or start in another --run-dir"

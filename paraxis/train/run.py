@@ -34,7 +34,7 @@ from paraxis.train.stages import Stages, build_stages
 @dataclass
 class Run:
     """Everything one rank trains with. `step` counts finished optimizer steps; `tokens` those in the rows it has read; `skipped_steps`
-    the last steps in a row whose update was skipped.
+    the last steps in a row whose update was skipped. `damaged` names checkpoints that could not be read when the run was resumed.
 
     `modules` is the model, or a pipeline rank's stages of it. `routers` are the mixture-of-experts layers in them by name;
     `router_sizes` has those of the whole model, with the entries of their tallies.
@@ -58,6 +58,7 @@ class Run:
     tokens: int = 0
     row: int = 0
     skipped_steps: int = 0
+    damaged: tuple[str, ...] = ()
 
     @cached_property
     def flops_per_token(self) -> float:

@@ -23,7 +23,7 @@ from paraxis.base.errors import CheckpointError
 from paraxis.base.layout import whole_box
 from paraxis.checkpoint.load import Checkpoint
 from paraxis.checkpoint.manifest import files_beside
-from paraxis.checkpoint.place import Location
+from paraxis.checkpoint.place import Location, step_in_name
 from paraxis.checkpoint.retain import HELD_OUT, Keep, held_out
 from paraxis.checkpoint.save import Piece, save
 from paraxis.data.record import continue_data, data_record, problem_with_data
@@ -165,6 +165,7 @@ def save_run(
     Raises StorageError on every rank alike where any fails.
     """
     kept = run.config.checkpoint
+    run.damaged = tuple(name for name in run.damaged if step_in_name(name) != run.step)  # this save replaces it
     return save(
         folder,
         run.step,
@@ -173,7 +174,7 @@ def save_run(
         files,
         run.world,
         layout=run.mesh.degrees.layout,
-        keep=Keep(last=kept.keep_last, every=kept.keep_every, best=kept.keep_best),
+        keep=Keep(last=kept.keep_last, every=kept.keep_every, best=kept.keep_best, damaged=run.damaged),
     )
 
 

@@ -227,6 +227,23 @@ def test_a_run_continues_on_another_layout(train: Train, tmp_path: Path):
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["sync", pytest.param("async", marks=pytest.mark.full)])
+def test_a_checkpoint_that_was_found_damaged_takes_no_place_of_those_to_fall_back_to(mode: str, tmp_path: Path):
+    run = ["train", f"{RECIPES}:run", "--run-dir=run", f"--checkpoint.mode={mode}"]
+    place = tmp_path / "run" / "checkpoints"
+    for steps in (4, 5):
+        succeeded(paraxis(*run, f"--train.steps={steps}", folder=tmp_path))
+    shard = place / "step-5" / "rank-0-0.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    succeeded(paraxis(*run, "--train.steps=7", "--checkpoint.every=6", folder=tmp_path, before=copy_savers))
+    assert [event["step"] for event in events(tmp_path / "run", "resume")] == [4, 4]
+    assert {path.name for path in place.iterdir()} == {"step-5", "step-6", "step-7", "latest"}
+    shard = place / "step-7" / "rank-0-0.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    succeeded(paraxis(*run, "--train.steps=8", folder=tmp_path))
+    assert {path.name for path in place.iterdir()} == {"step-6", "step-7", "step-8", "latest"}  # two of them can be read
+
+
 def test_a_model_that_lacks_what_was_saved_is_refused_and_settings_that_shapes_do_not_show_are_told_of(tmp_path: Path):
     run = ["train", f"{RECIPES}:layers", "--run-dir=run"]
     succeeded(paraxis(*run, "--train.steps=2", folder=tmp_path))
