@@ -1,5 +1,6 @@
 """A mixture keeps its weights over every stretch of rows, and its sources go on through whatever is changed."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
@@ -14,6 +15,7 @@ from paraxis.data.config import DataConfig
 from paraxis.data.mixture import MixtureRows, pattern, read_mixture
 from paraxis.data.open import open_training, refuse_repeats
 from paraxis.data.record import continue_data, data_record, problem_with_data
+from paraxis.data.rows import TrainingRows
 from tests.data.corpus import sentences
 
 ROWS_PER_STEP = 4
@@ -171,6 +173,27 @@ def test_tokens_read_of_a_source_are_within_a_row_of_its_share_over_any_rows_and
         assert empty[-1] == 0
         over = read - shares * read.sum(axis=1, keepdims=True)
         assert (over.max(axis=0) - over.min(axis=0)).max() < 2 * config.seq_len  # a stretch is the difference of two beginnings
+
+
+@pytest.mark.parametrize("words", [40, 2])
+def test_tokens_are_within_the_longer_of_a_document_and_a_row_of_their_share_and_within_two_over_any_stretch(config, tmp_path, words):
+    """Of the longest document of each source; a row of short ones has several of one source."""
+    for name, more in (("web", words), ("code", words // 2)):
+        texts = [" ".join(sentences(n + 30)[n:]).split()[: words + n % more] for n in range(90)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": " ".join(text)}) + "\n" for text in texts))
+    paths = (f"web={tmp_path}/web.jsonl", f"code={tmp_path}/code.jsonl")
+    rows = opened(replace(config, paths=paths, mixture=("web=5 code=3",)), tmp_path / "cache")
+    assert isinstance(rows.sources["web"], TrainingRows)
+    longest = {name: int(np.diff(source.data.ends, prepend=0).max()) for name, source in rows.sources.items()}
+    assert (min(longest.values()) > config.seq_len) == (max(longest.values()) > config.seq_len) == (words == 40)
+    names, shares, read = list(longest), np.array([5 / 8, 3 / 8]), np.zeros((401, 2))
+    for index in range(400):
+        read[index + 1, names.index(rows.at(index)[0])] = (rows.row(index)["targets_bt"] != IGNORE).sum()
+    read = read.cumsum(axis=0)
+    over = read - shares * read.sum(axis=1, keepdims=True)
+    most = np.maximum([longest[name] for name in names], config.seq_len)
+    assert (np.abs(over) < most).all()
+    assert (over.max(axis=0) - over.min(axis=0) < 2 * most).all()
 
 
 def with_finished_tokenizer(config: DataConfig, cache: Path) -> DataConfig:
