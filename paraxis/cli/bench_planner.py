@@ -1,4 +1,4 @@
-"""`paraxis bench planner`: published measurements beside what the planner, and others' equations, say of the same runs."""
+"""`paraxis bench planner`: measurements, published or our own, beside what the planner, and others' equations, say of the same runs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from paraxis.bench.machine import Machine
     from paraxis.bench.published import Published
 
-OPTIONS = ("rows", "first", *ROWS_OPTIONS)
+OPTIONS = ("rows", "first", "measured", "cluster", *ROWS_OPTIONS)
 FLAGS = ("calibrate", *ROWS_FLAGS)
 
 
@@ -20,28 +20,49 @@ def run(arguments: list[str]) -> int:
     """Runs the command and returns its exit code. Raises ParaxisError for what is refused."""
     parsed = parse(arguments, OPTIONS, FLAGS)
     if len(parsed.names) != 1:
-        raise ConfigError("bench planner takes no recipe: its runs are those of the published rows")
+        raise ConfigError("bench planner takes no recipe: its runs are those of the rows")
     refuse_settings("planner", parsed, (*OPTIONS, *FLAGS))
     first = whole_number("first", parsed.options["first"], 1) if "first" in parsed.options else None
+    if "measured" in parsed.options:
+        return _measured(parsed, arguments)
+    if "cluster" in parsed.options:
+        raise ConfigError("--cluster is for --measured FILE; published rows have clusters of their own")
     if "calibrate" in parsed.flags:
         return _calibrate(parsed, first)
 
     def rows(machine: "Machine") -> Iterator[dict[str, Any]]:
         # Here, so that help does not wait for torch.
         from paraxis.base.errors import ConfigError
-        from paraxis.bench.planner import record, summaries, trace
+        from paraxis.bench.percent import summaries
+        from paraxis.bench.planner import record, trace
         from paraxis.bench.published import clusters
 
-        known, made = clusters(_folder(parsed)), []
+        known, made, pieces = clusters(_folder(parsed)), [], {}
         for row in _rows(parsed, "score", first):
             try:
-                made.append(record(row, trace(row).said(known[row.cluster])))
+                made.append(record(row, trace(row, pieces).said(known[row.cluster])))
             except ConfigError as error:
                 made.append(record(row, None, str(error)))
             yield made[-1]
         yield from summaries(made)
 
     return measure_rows("planner", parsed, arguments, rows)
+
+
+def _measured(parsed: Arguments, arguments: list[str]) -> int:
+    """Runs of ours, predicted on the cluster they were measured on."""
+    from paraxis.bench.measured import measured_rows, measured_runs
+    from paraxis.plan.cluster_file import read_cluster
+
+    if "cluster" not in parsed.options:
+        raise ConfigError("--measured needs --cluster NAME: the machine that the runs were measured on, a file or one of those ready")
+    for other in ("rows", "first"):
+        if other in parsed.options:
+            raise ConfigError(f"--{other} is for published rows; leave it out beside --measured")
+    if "calibrate" in parsed.flags:
+        raise ConfigError("--calibrate is for published rows; machines of one's own are measured by paraxis probe")
+    runs, cluster = measured_runs(Path(parsed.options["measured"])), read_cluster(parsed.options["cluster"])
+    return measure_rows("planner-own", parsed, arguments, lambda machine: measured_rows(runs, cluster))
 
 
 def _calibrate(parsed: Arguments, first: int | None) -> int:

@@ -67,6 +67,7 @@ UNITS = {
     "peak_flops": ("peak_tflops", TERA),
     "launch_s": ("launch_us", MICRO),
     "latency_s": ("latency_us", MICRO),
+    "skew_s": ("skew_us", MICRO),
     "matrix": ("matrix_gb_per_s", GIGA),
 }
 WHOLE = ("memory_bytes", "reserved_bytes")  # bytes that are counted

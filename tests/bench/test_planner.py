@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from paraxis.base.errors import ConfigError, DataError
 from paraxis.bench import planner
-from paraxis.bench.planner import Said, accelerator, fitted, gradient_bytes, record, summaries, trace
+from paraxis.bench.percent import summaries
+from paraxis.bench.planner import MegatronRun, Said, Sample, accelerator, fitted, record, samples, trace
 from paraxis.bench.published import Published, clusters, published
 from paraxis.plan.published import GPTStep, amp_s, pipette_s
 from paraxis.train.check import check
@@ -78,21 +79,21 @@ def test_without_replicas_or_stages_the_equations_are_the_micro_batches():
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Any:
+def pipeline() -> MegatronRun:
     """A calibration row with pipeline, tensors and replicas, traced in a process that is in no world."""
     [row] = [row for row in ROWS if row.name == "2048x12 16 rows of 1024, 2 at a time, pp2xdp2xtp2"]
     assert not dist.is_initialized()
-    return trace(row)
+    traced = trace(row, {})
+    assert isinstance(traced, MegatronRun)
+    return traced
 
 
 def test_a_prediction_follows_the_machine(pipeline):
     machine = clusters(FOLDER)["vtrain_a100"]
     usual = pipeline.said(machine).step_s
     assert 0.5 < usual / pipeline.row.step_s < 1.5
-    for name in ("product_share", "memory_share"):
-        assert pipeline.said(planner.changed(machine, name, 0.5)).step_s > usual
-    slow = replace(machine, links={**machine.links, "nvlink": replace(machine.links["nvlink"], bytes_per_s=1e9, exchanges=())})
-    assert pipeline.said(slow).step_s > usual
+    for name, factor in (("product_share", 0.3), ("memory_share", 0.3), ("launch_s", 3), ("skew_s", 10)):
+        assert pipeline.said(planner.changed(machine, name, factor)).step_s > usual, name
 
 
 def test_the_pipeline_is_played_not_summed(pipeline):
@@ -104,19 +105,27 @@ def test_the_pipeline_is_played_not_summed(pipeline):
 def test_a_fit_finds_the_constant_that_made_the_times(pipeline):
     machine = planner.changed(clusters(FOLDER)["vtrain_a100"], "launch_s", 0.1)
     seen = replace(pipeline, row=replace(pipeline.row, step_s=pipeline.said(planner.changed(machine, "product_share", 0.7)).step_s))
-    found = fitted([seen], machine, ("product_share",), lambda text: None)
+    found = fitted([Sample(seen)], machine, ("product_share",), lambda text: None)
     assert accelerator(found).product_share == pytest.approx(0.7 * accelerator(machine).product_share, rel=0.02)
 
 
 def test_scored_rows_are_not_fitted_on(pipeline):
     scored = replace(pipeline, row=replace(pipeline.row, use="score"))
-    with pytest.raises(AssertionError, match="scored rows are not fitted on"):
-        fitted([scored], clusters(FOLDER)["vtrain_a100"], ("product_share",), lambda text: None)
+    for sample in (Sample(scored), Sample(pipeline, scored)):
+        with pytest.raises(AssertionError, match="scored rows are not fitted on"):
+            fitted([sample], clusters(FOLDER)["vtrain_a100"], ("product_share",), lambda text: None)
 
 
-def test_gradients_are_those_of_the_first_stage_s_rank():
-    [row] = [row for row in ROWS if row.name == "2048x12 16 rows of 1024, 2 at a time, pp2xdp2xtp2"]
-    assert gradient_bytes(row.config) == 2 * (6 * 12 * 2048**2 + 51_200 * 2048) // 2
+def test_a_shape_of_block_is_one_sample_of_the_deepest_and_the_shallowest_rows_alike(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planner, "trace", lambda row, known: MegatronRun(row, None))  # type: ignore[arg-type]
+    found = samples([row for row in ROWS if row.set == "vtrain, one host"], {})
+    assert len(found) == 2 * 4 * 4  # widths, micro-batches, tensor-parallel degrees
+    for sample in found:
+        assert sample.shorter is not None
+        longer, shorter = sample.longer.row.config, sample.shorter.row.config
+        assert (longer.model.layers, shorter.model.layers) == (24, 12)
+        assert replace(longer, model=shorter.model, parallel=shorter.parallel) == shorter
+        assert sample.seconds > 0
 
 
 def example(seconds: float, **changes: Any) -> Published:
@@ -136,7 +145,7 @@ def test_a_record_has_signed_percents_and_a_summary_their_mean_and_worst():
 def test_rows_that_cannot_be_predicted_say_why():
     [row, *_] = [row for row in ROWS if row.problem]
     with pytest.raises(ConfigError, match="float8 products are not built"):
-        trace(row)
+        trace(row, {})
 
 
 def test_a_folder_without_rows_is_refused_by_its_path(tmp_path: Path):

@@ -132,6 +132,20 @@ def test_a_measured_exchange_is_given_back_and_carried_over_to_other_groups():
     assert two.exchange_s("all_reduce", 1 << 28, range(4)) == pytest.approx(8e-3, rel=0.05)  # beyond the table at its rate
 
 
+def test_ranks_that_come_late_hold_up_collectives_and_not_messages():
+    usual, late = cluster(), cluster(links={"fast": replace(FAST, skew_s=1e-3), "slow": SLOW})
+    for ranks, doublings in ((range(2), 1), (range(4), 2), (range(8), 3)):
+        for kind in EXCHANGES:
+            if kind != "p2p":
+                more = late.exchange_s(kind, 1 << 20, ranks) - usual.exchange_s(kind, 1 << 20, ranks)
+                assert more == pytest.approx(1e-3 * doublings)
+    assert late.exchange_s("p2p", 1 << 20, (0, 1)) == usual.exchange_s("p2p", 1 << 20, (0, 1))
+    assert late.exchange_s("all_reduce", 1 << 20, (0, 4)) == usual.exchange_s("all_reduce", 1 << 20, (0, 4))  # one rank a host
+    assert parse_cluster(tomllib.loads(cluster_toml(late))) == late
+    with pytest.raises(ConfigError, match="skew_s=-1 0 or more"):
+        replace(FAST, skew_s=-1)
+
+
 def test_products_follow_the_roofline_where_nothing_was_measured():
     assert CHIP.product_s("bf16", 8192, 8192, 8192) == pytest.approx(2 * 8192**3 / 300e12 / CHIP.product_share)
     assert CHIP.product_s("bf16", 1, 8192, 8192) == pytest.approx(2 * 8192 * 8194 / 2e12 / CHIP.product_share, rel=0.01)  # bytes
