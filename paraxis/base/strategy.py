@@ -48,6 +48,10 @@ class ParallelConfig:
         "when gradients are summed over ranks: after each micro-batch, or once a step (keeps them whole meanwhile); auto looks at memory",
     ] = "auto"
 
+    auto: Annotated[
+        bool, "have the planner choose what is not set on the command line: degrees, schedule, micro-batch, recomputation (see --cluster)"
+    ] = False
+
     def __post_init__(self) -> None:
         _ = self.degrees  # refuses degrees below one
         for name in ("microbatches", "stages_a_rank", "cp_ulysses"):
@@ -59,9 +63,10 @@ class ParallelConfig:
             raise ConfigError(f"parallel.cp_ulysses={self.cp_ulysses} is read by cp_kind=usp, not {self.cp_kind}; leave one of them out")
         if self.cp_kind == "usp" and not self.cp_ulysses:
             raise ConfigError("parallel.cp_kind=usp needs parallel.cp_ulysses: how many of the cp ranks exchange heads")
-        if self.cp_ulysses and self.cp % self.cp_ulysses:
+        if self.cp_ulysses and self.cp % self.cp_ulysses and not self.auto:
             raise ConfigError(f"parallel.cp_ulysses={self.cp_ulysses} does not divide parallel.cp={self.cp}; choose one that does")
-        self._refuse_idle_settings()
+        if not self.auto:  # which may choose to use the axis
+            self._refuse_idle_settings()
         if self.async_tp and not self.sequence_parallel:
             raise ConfigError(
                 "parallel.async_tp=True sends the parts of a cut sequence, but parallel.sequence_parallel=False keeps it whole; "

@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": ("paraxis.cli.convert", "Hugging Face weights to a checkpoint, and back"),
     "ckpt": ("paraxis.cli.ckpt", "list, verify, compare, rewrite and remove checkpoints"),
     "data": ("paraxis.cli.data", "tokenise and pack a recipe's data ahead of training"),
+    "plan": ("paraxis.cli.plan", "rank the layouts of a recipe that fit a cluster, by predicted step time"),
     "probe": ("paraxis.cli.probe", "measure this machine or cluster, for planning"),
     "verify": ("paraxis.cli.verify", "prove that layouts compute the numbers of one process"),
     "bench": ("paraxis.cli.bench", "measure training steps and data, other systems beside them"),

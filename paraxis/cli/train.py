@@ -19,7 +19,7 @@ from paraxis.cli.output import show
 from paraxis.resilience.launch import launch
 
 CPU_SHARDS = 2  # what fsdp=-1 means without GPUs: more processes help no laptop
-OPTIONS = ("layout", "ranks", "run-dir", "resume")
+OPTIONS = ("layout", "ranks", "run-dir", "resume", "cluster")
 FLAGS = ("print-config", "debug", "help")
 RESUME = ("auto", "never", "must")
 
@@ -31,6 +31,8 @@ names one (base = "...") and changes settings. Any setting of the recipe is an o
 Alone, the command starts its own workers; under torchrun or Slurm's srun it is one of theirs.
 
   --layout LAYOUT  every degree at once, such as fsdp2xtp2, in place of --parallel.fsdp=2 --parallel.tp=2
+  --cluster FILE   with --parallel.auto=true: what the planner chooses a layout for (default: cluster.toml, where paraxis
+                   probe has written one here, else the ready file of this machine's GPUs)
   --ranks N        workers to start (default: as many as the parallel degrees need; with parallel.fsdp=-1
                    every GPU of this machine, or two CPU processes for the shards)
   --run-dir DIR    where the run is kept (default: runs/NAME)
@@ -78,6 +80,11 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
     if layout := parsed.options.get("layout"):
         settings = laid_out(settings, layout)
     config, base = find(recipe, settings)
+    if config.parallel.auto and not parsed.flags & {"help", "print-config"}:
+        settings, arguments = _settled(parsed, settings, env)
+        config, base = find(recipe, settings)
+    elif "cluster" in parsed.options and not parsed.flags & {"help", "print-config"}:
+        raise ConfigError("--cluster is what parallel.auto=true plans for; set that, or leave this out")
     if "help" in parsed.flags:
         show(settings_help(recipe, describe(config)))
         return 0
@@ -96,6 +103,20 @@ def _run(parsed: Arguments, arguments: list[str]) -> int:
     if not env.is_worker:
         show_end(config, run_dir)
     return 0
+
+
+def _settled(parsed: Arguments, settings: dict[str, object], env: Environment) -> tuple[dict[str, object], list[str]]:
+    """The planner's choice in place of `parallel.auto`: as settings, and as the command line that workers of ours are given."""
+    from paraxis.cli.auto import settle_auto
+    from paraxis.cli.study import spelled
+
+    asked = parsed.options.get("ranks")
+    ranks = env.world_size if env.is_worker else whole_number("ranks", asked, 1) if asked else None
+    [recipe] = parsed.names
+    settings, ranks = settle_auto(recipe, settings, parsed.options.get("cluster"), ranks, aloud=env.rank == 0)
+    options = {name: value for name, value in parsed.options.items() if name not in ("cluster", "layout")}
+    words = [f"--{name}={value}" for name, value in {**options, "ranks": str(ranks)}.items()]
+    return settings, [recipe, *words, *(f"--{flag}" for flag in parsed.flags), *spelled(settings)]
 
 
 def _as_worker(arguments: list[str]) -> int:

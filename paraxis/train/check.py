@@ -18,12 +18,18 @@ from paraxis.train.stages import Stages, build_stages
 from paraxis.train.unsaved import refuse_unsaved_model
 
 
-def check(config: RunConfig, ranks: int) -> None:
-    """Refuses what cannot run on `ranks` ranks. Raises ConfigError naming the setting, the rule and the next move."""
+def check(config: RunConfig, ranks: int, model: nn.Module | None = None) -> None:
+    """Refuses what cannot run on `ranks` ranks. Raises ConfigError naming the setting, the rule and the next move.
+
+    `model` is the run's, on the meta device, where it was built already.
+    """
+    if config.parallel.auto:
+        raise ConfigError(
+            "parallel.auto=true is settled by paraxis train before a run is built; from Python, set parallel to what paraxis plan finds"
+        )
     degrees = config.parallel.degrees.filling(ranks)
     config.rows_per_step(degrees)
-    with torch.device("meta"):
-        model = config.model.build()
+    model = on_meta(config) if model is None else model
     check_sequence(config, degrees, model)
     check_heads(config, degrees)
     stages = build_stages(config, degrees, model)
@@ -36,6 +42,12 @@ def check(config: RunConfig, ranks: int) -> None:
     check_float8(config, degrees, stages, model, placed)
     if ranks > 1 and (name := dropout_of(model)):
         raise ConfigError(f"{name} drops out at random, which differs between layouts; set its probability to 0 or train on one rank")
+
+
+def on_meta(config: RunConfig) -> nn.Module:
+    """The whole model, without memory or values."""
+    with torch.device("meta"):
+        return config.model.build()
 
 
 def check_sequence(config: RunConfig, degrees: Degrees, model: nn.Module) -> None:

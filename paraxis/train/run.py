@@ -23,7 +23,7 @@ from paraxis.parallel.pipeline import Pipeline, build_lines
 from paraxis.parallel.tied import TiedCopies, tie
 from paraxis.parallel.world import World
 from paraxis.train.buffers import Buffer, make_buffers
-from paraxis.train.check import check
+from paraxis.train.check import check, on_meta
 from paraxis.train.choose import build_attention, build_strategy
 from paraxis.train.config import RunConfig
 from paraxis.train.passes import Accumulation, Passes, Piped
@@ -144,12 +144,6 @@ def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None)
         held_out=held_out,
         rows_per_step=config.rows_per_step(mesh.degrees),
     )
-
-
-def on_meta(config: RunConfig) -> nn.Module:
-    """The whole model, without memory or values."""
-    with torch.device("meta"):
-        return config.model.build()
 
 
 def own_models(config: RunConfig, mesh: Mesh, stages: Stages | None) -> dict[int, nn.Module]:

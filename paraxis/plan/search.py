@@ -1,0 +1,310 @@
+"""The fastest ways to run a recipe on a cluster that fit: pruned by formulas, the best of them simulated, the best of those traced.
+
+Families of candidates are taken in the order of what they take at the least (`Costs.least_s`, then the tighter `Costs.bound_s`), and
+their members simulated, until no bound is below the worst of the times that are kept: no family that is left can be better. This is
+branch and bound, best first (Land and Doig 1960, Econometrica 28). Memory is estimated first; what is proposed is traced, and what
+traces say of memory and time corrects the estimates of what was not.
+"""
+
+import heapq
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from os import kill
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+from paraxis.base.errors import ConfigError
+from paraxis.base.forked import Forked
+from paraxis.plan.candidates import Candidate, Space
+from paraxis.plan.closed import Costs
+from paraxis.plan.cuts import cuts_by_speed
+from paraxis.plan.hardware import Cluster
+from paraxis.plan.place import place
+from paraxis.plan.predict import Prediction, predict
+from paraxis.plan.replay import simulate
+from paraxis.plan.traffic import traffic_of
+from paraxis.train.check import check
+from paraxis.train.config import RunConfig
+
+Source = Literal["simulated", "traced", "exact"]
+AT_ONCE = 2  # traces, each in a process of its own
+PARTS = (1.0, 0.7, 0.5, 0.3)  # of the memory there is, for each of which the fastest candidate is sought
+CLEAR = 1.03  # a candidate this many times slower than the best traced one is not traced
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long a search goes on: `keep` candidates are simulated in order, at most `simulated` in all, `traced` are traced; `seconds`
+    bounds it all. Without, the same search finds the same, however busy the machine is."""
+
+    keep: int = 12
+    simulated: int = 300
+    traced: int = 6
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A way to run, and what it takes: a step's seconds, bytes of the fullest rank by category. `cuts` are the layers of each pipeline
+    stage, `order` the device of each rank (a `range` for that of the numbers)."""
+
+    candidate: Candidate
+    config: RunConfig
+    source: Source
+    step_s: float
+    tokens_per_s: float
+    mfu: float | None
+    exposed_s: float
+    bubble: float
+    held: Mapping[str, float]
+    usable: int
+    cuts: Sequence[int] = ()
+    order: Sequence[int] = ()
+    prediction: Prediction | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def reserved(self) -> float:
+        return sum(self.held.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.reserved <= self.usable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found: options that fit, fastest first; those among all of which none is both faster and smaller (`pareto`); faster
+    ones that were refused for their memory; and how it went. `complete` says that nothing was left out for want of effort."""
+
+    options: Sequence[Option]
+    pareto: Sequence[Option]
+    refused: Sequence[Option]
+    candidates: int
+    simulated: int
+    traced: int
+    complete: bool
+
+
+class Search:
+    """One search for `config` (as `candidates.planned` leaves it) on `ranks` devices of `cluster`."""
+
+    def __init__(self, space: Space, cluster: Cluster, effort: Effort, evaluate: Callable[..., Option] | None = None) -> None:
+        self.space, self.cluster, self.effort = space, cluster, effort
+        self.costs = Costs(space.config, space.model, cluster, space.ranks)
+        self.started_s = time.monotonic()
+        self.simulated: dict[Candidate, Option] = {}
+        self.candidates, self.complete = 0, True
+        self._evaluate = evaluate or self.estimate
+
+    def run(self) -> Found:
+        """Raises ConfigError where there is no candidate at all."""
+        families = list(self.space.families())
+        self.candidates = sum(self.space.size(family) for family in families)
+        if not families:
+            raise ConfigError(
+                f"no layout of {self.space.config.name} on {self.space.ranks} ranks keeps what is set "
+                f"({', '.join(self.space.fixed) or 'nothing'}): leave a setting out, or change train.global_tokens or --gpus"
+            )
+        for part in PARTS:
+            self._best(families, part * self.costs.usable, self.effort.keep if part == 1 else 2)
+        options = sorted(self.simulated.values(), key=_by_time)
+        traced = self._traced(options)
+        return self._judged(options, traced)
+
+    def left_s(self) -> float:
+        """Seconds that may still pass."""
+        return float("inf") if self.effort.seconds is None else self.started_s + self.effort.seconds - time.monotonic()
+
+    def _best(self, families: Sequence[Candidate], memory: float, keep: int) -> None:
+        """Simulates until the `keep` fastest that take no more than `memory` are known."""
+        costs = self.costs
+        waiting = [(costs.least_s(family), number, False) for number, family in enumerate(families)]
+        heapq.heapify(waiting)
+        best: list[float] = []
+        limit = len(self.simulated) + (self.effort.simulated if keep > 2 else self.effort.simulated // 5)
+        while waiting and not (len(best) >= keep and waiting[0][0] >= best[keep - 1]):
+            if len(self.simulated) >= limit or self.left_s() < 0.5 * (self.effort.seconds or 0):
+                self.complete = False
+                return
+            _, number, bounded = heapq.heappop(waiting)
+            family = families[number]
+            if not bounded:
+                if self._takes(family) <= memory:
+                    heapq.heappush(waiting, (costs.bound_s(family), number, True))
+                continue
+            for member in self.space.members(family):
+                if self._takes(member) <= memory:
+                    if member not in self.simulated:
+                        self.simulated[member] = self._evaluate(member)
+                    best.append(self.simulated[member].step_s)
+            best.sort()
+
+    def _takes(self, candidate: Candidate) -> float:
+        return sum(self.costs.memory(candidate).values())
+
+    def estimate(self, candidate: Candidate) -> Option:
+        """A candidate simulated."""
+        played, config = simulate(self.costs, candidate), candidate.config(self.space.config)
+        rate, mfu = self._rates(config, candidate, played.step_s)
+        return Option(
+            candidate=candidate,
+            config=config,
+            source="simulated",
+            step_s=played.step_s,
+            tokens_per_s=rate,
+            mfu=mfu,
+            exposed_s=played.exposed_s,
+            bubble=played.bubble,
+            held=self.costs.memory(candidate),
+            usable=self.costs.usable,
+            cuts=tuple(map(len, self.costs.cuts(candidate))) if candidate.degrees.pp > 1 else (),
+            order=range(self.space.ranks),
+        )
+
+    def _rates(self, config: RunConfig, candidate: Candidate, step_s: float) -> tuple[float, float | None]:
+        length = config.data.seq_len
+        rate = config.rows_per_step(candidate.degrees) * length / step_s / self.space.ranks
+        count = getattr(config.model, "flops_per_token", None)
+        return rate, count(length) * rate / self.costs.device.peak(self.costs.peak_dtype) if count else None
+
+    def _traced(self, options: Sequence[Option]) -> dict[Candidate, Option]:
+        """The best options traced, two at a time, until the best is clear or the effort is spent."""
+        done: dict[Candidate, Option] = {}
+        tried, longest_s = set[Candidate](), 0.0
+        while len(tried) < self.effort.traced:
+            ratio = _ratio(options, done)
+            next_ones = [one for one in options if one.candidate not in tried and one.reserved * ratio[1] <= one.usable]
+            fitting = [one.step_s for one in done.values() if one.fits]
+            if fitting:
+                next_ones = [one for one in next_ones if one.step_s * ratio[0] <= CLEAR * min(fitting)]
+            if not next_ones or self.left_s() < longest_s:
+                break
+            batch = next_ones[: min(AT_ONCE, self.effort.traced - len(tried))]
+            tried |= {one.candidate for one in batch}
+            started_s = time.monotonic()
+            done |= {one.candidate: one for one in trace_all(batch, self.cluster, self.space.ranks, self.left_s())}
+            longest_s = max(longest_s, time.monotonic() - started_s)
+        return done
+
+    def _judged(self, options: Sequence[Option], traced: Mapping[Candidate, Option]) -> Found:
+        """All options with what traces said, in order."""
+        ratio = _ratio(options, traced)
+        known = [traced.get(one.candidate) or _scaled(one, *ratio) for one in options]
+        fitting = sorted((one for one in known if one.fits), key=_by_time)
+        best = list(islice(filter(self._accepted, fitting), self.effort.keep))
+        fastest = best[0].tokens_per_s if best else 0.0
+        return Found(
+            options=best,
+            pareto=[one for one in pareto(fitting) if self._accepted(one)],
+            refused=sorted((one for one in known if not one.fits and one.tokens_per_s > fastest), key=_by_time),
+            candidates=self.candidates,
+            simulated=len(self.simulated),
+            traced=len(traced),
+            complete=self.complete,
+        )
+
+    def _accepted(self, option: Option) -> bool:
+        """Whether training's own checks let it pass: what a search proposes has to."""
+        with suppress(ConfigError):
+            check(option.config, self.space.ranks, self.space.model)
+            return True
+        return False
+
+
+def pareto(fitting: Sequence[Option]) -> list[Option]:
+    """Of options in order of time those that take less memory than every faster one."""
+    found: list[Option] = []
+    for one in fitting:
+        if not found or one.reserved < found[-1].reserved:
+            found.append(one)
+    return found
+
+
+def _by_time(option: Option) -> tuple[float, float]:
+    """Fastest first: by tokens a second, as steps may differ in their tokens; of equals, what takes less memory."""
+    return -round(option.tokens_per_s, 9), option.reserved
+
+
+def _ratio(options: Iterable[Option], traced: Mapping[Candidate, Option]) -> tuple[float, float]:
+    """What traces say over what was estimated: of time, and of memory."""
+    both = [(one, traced[one.candidate]) for one in options if one.candidate in traced]
+    if not both:
+        return 1.0, 1.0
+    return median(b.step_s / a.step_s for a, b in both), median(b.reserved / a.reserved for a, b in both)
+
+
+def _scaled(option: Option, seconds: float, memory: float) -> Option:
+    held = {category: held * memory for category, held in option.held.items()}
+    rates = {"tokens_per_s": option.tokens_per_s / seconds, "mfu": option.mfu / seconds if option.mfu is not None else None}
+    return replace(option, step_s=option.step_s * seconds, exposed_s=option.exposed_s * seconds, held=held, **rates)
+
+
+def trace_all(options: Sequence[Option], cluster: Cluster, ranks: int, seconds: float) -> list[Option]:
+    """`options` traced side by side, each in a copy of this process; without those that are not done in time, or fail."""
+    running: list[tuple[Forked, Connection]] = []
+    for option in options:
+        here, there = Pipe(duplex=False)
+        running.append((Forked(partial(_send, there, option, cluster, ranks)), here))
+        there.close()
+    found: list[Option] = []
+    deadline_s = time.monotonic() + seconds
+    for child, here in running:
+        left_s = min(max(0.0, deadline_s - time.monotonic()), 1e6)
+        if here.poll(left_s):
+            with suppress(EOFError):
+                found.append(here.recv())
+        if child.poll() is None:
+            kill(child.pid, signal.SIGKILL)
+        child.wait()
+        here.close()
+    return found
+
+
+def _send(there: Connection, option: Option, cluster: Cluster, ranks: int) -> int:
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    there.send(traced(option, cluster, ranks))
+    return 0
+
+
+def traced(option: Option, cluster: Cluster, ranks: int, *, exact: bool = False) -> Option:
+    """`option` with what a trace of it says; placed, and its stages cut, by the cluster's links and speeds. Raises ConfigError."""
+    config, order = option.config, range(ranks)
+    settings: dict[str, Any] = {}
+    if len(cluster.pools) > 1 or cluster.matrix:
+        degrees = config.parallel.degrees.filling(ranks)
+        order = place(cluster, degrees, traffic_of(config, cluster, ranks)).order
+        if degrees.pp > 1 and not config.parallel.cuts and (cuts := cuts_by_speed(config, cluster, order)):
+            config = replace(config, parallel=replace(config.parallel, cuts=cuts))
+            settings["cuts"] = cuts
+    prediction = predict(config, cluster, ranks, placement=order, exact=exact)
+    return replace(
+        option,
+        config=config,
+        source="exact" if exact else "traced",
+        step_s=prediction.step_s,
+        tokens_per_s=prediction.tokens_per_s,
+        mfu=prediction.mfu,
+        exposed_s=prediction.exposed_s,
+        bubble=prediction.bubble,
+        held=held_of(prediction),
+        usable=prediction.usable,
+        order=order,
+        prediction=prediction,
+        **settings,
+    )
+
+
+def held_of(prediction: Prediction) -> dict[str, float]:
+    """Bytes by category, with what the allocator has beyond them as fragmentation."""
+    return {**prediction.held, "fragmentation": float(prediction.reserved - prediction.allocated)}
