@@ -31,7 +31,7 @@ def picture_page(prediction: Prediction, title: str) -> str:
         _table("The step", ["", "predicted"], _of_step(prediction)),
         "<h2>What each rank does</h2>",
         timeline_svg(prediction),
-        _table("Each rank of the pipeline: milliseconds of the step. Messages may travel while it computes.", *_times(prediction)),
+        _table("Each rank: milliseconds of the step. Messages may travel while it computes.", *_times(prediction)),
         "<h2>What the fullest rank holds</h2>",
         memory_svg(prediction),
         _table(f"Rank {prediction.rank} at its peak", ["", "GiB", "share"], _held(prediction)),

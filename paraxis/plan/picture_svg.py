@@ -78,8 +78,7 @@ def timeline_svg(prediction: Prediction) -> str:
 
 def memory_svg(prediction: Prediction) -> str:
     """What the fullest rank holds over the step, categories piled up, with what the device can give."""
-    end_s = span_s(prediction)
-    held = columns(prediction.memory, end_s, int(PLOT))
+    held = columns(prediction.memory, span_s(prediction), int(PLOT))
     full = max(prediction.allocated, prediction.reserved)
     near = prediction.usable < 3 * full
     top = 1.06 * (max(full, prediction.usable) if near else full)
@@ -89,7 +88,7 @@ def memory_svg(prediction: Prediction) -> str:
         return floor - size / top * TALL
 
     unit = next(unit for unit in (2**30, 2**20, 2**10, 1) if top >= unit)
-    parts = _time_grid(end_s, 34.0, floor)
+    parts = [_text(LEFT, floor + 13, "start of the step"), _text(LEFT + PLOT, floor + 13, "its end", "e")]
     for tick in ticks(top / unit, 5):
         parts.append(f'<path class="grid" d="M{LEFT:g} {height(tick * unit):.1f}h{PLOT:g}"/>')
         parts.append(_text(LEFT - 6, height(tick * unit) + 4, size(tick * unit) if tick else "0", "e"))
@@ -172,6 +171,7 @@ def _numbers(actions: Sequence[Piece], y: float, high: float, end_s: float) -> I
 
 
 def _time_grid(end_s: float, top: float, floor: float) -> list[str]:
+    """Round times, from `top` down to `floor`."""
     parts = list[str]()
     for tick in ticks(end_s, 8):
         x = LEFT + tick / end_s * PLOT

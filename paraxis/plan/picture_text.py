@@ -13,6 +13,7 @@ from paraxis.plan.pictures import (
     Row,
     columns,
     memory_summary,
+    percent,
     row_name,
     rows,
     seconds,
@@ -43,9 +44,9 @@ def timeline_text(prediction: Prediction, width: int = 80) -> Text:
     text = _wrapped(summary(prediction).split(" "), width)
     for name, row in zip(names, drawn, strict=True):
         idle, waits = (row.seconds.get(kind, 0.0) / end_s for kind in ("idle", "wait"))
-        _line(text, name.ljust(left), _work_cells(row, end_s, cells), f"{idle:.1%} idle".rjust(AMOUNTS))
+        _line(text, name.ljust(left), _work_cells(row, end_s, cells), f"{percent(idle)} idle".rjust(AMOUNTS))
         if row.messages and len(drawn) <= MANY:
-            _line(text, " " * left, _message_cells(row, end_s, cells), f"{waits:.1%} wait".rjust(AMOUNTS))
+            _line(text, " " * left, _message_cells(row, end_s, cells), f"{percent(waits)} wait".rjust(AMOUNTS))
     text.append(" " * left + "0" + seconds(end_s).rjust(cells - 1) + "\n", "dim")
     text.append_text(_legend(drawn, width))
     return text
@@ -65,7 +66,7 @@ def memory_text(prediction: Prediction, width: int = 80, height: int = 12) -> Te
     for row in range(height, 0, -1):
         cells = ["usable" if row == line else column[row - 1] or NOTHING for column in grid]
         _line(text, labels.get(row, "").rjust(left - 1) + " ", [_held_cell(cell) for cell in cells], "")
-    text.append(" " * left + "0" + seconds(span_s(prediction)).rjust(width - left - 1) + "\n", "dim")
+    text.append(" " * left + "start of the step" + "its end".rjust(width - left - len("start of the step")) + "\n", "dim")
     used = [category for category in HELD if any(one.get(category) for one in held)]
     words = [(HELD[category].letter, HELD[category].words, _ink(HELD[category])) for category in used]
     words.append(("─", f"usable: {size(prediction.usable)}" + ("" if line <= height else ", above the picture"), ""))

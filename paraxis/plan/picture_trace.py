@@ -54,13 +54,15 @@ def _events(prediction: Prediction, first: int, start_us: float) -> Iterator[Eve
                 said = f"{looks[piece.kind].words} {piece.label}".rstrip()
                 start, end = start_us + piece.start_s * US, start_us + piece.end_s * US
                 yield {"ph": "X", "cat": "simulated", "name": said, "pid": process, "tid": thread, "ts": start, "dur": end - start}
-    if prediction.memory:
-        yield from _counter(prediction, first + len(drawn), start_us)
+    yield from _counter(prediction, first + len(drawn), start_us)
 
 
 def _counter(prediction: Prediction, process: int, start_us: float) -> Iterator[Event]:
-    """What the fullest rank holds, in a process of its own: there is one curve, and a rank of the pipeline stands for many."""
-    yield _name("process_name", process, 0, name=f"simulated memory of rank {prediction.rank}")
+    """What the fullest rank holds, in a process of its own: there is one curve, and a rank of the pipeline stands for many.
+
+    Its allocations are in order, but spread evenly over the step rather than beside what makes them, and the name says so.
+    """
+    yield _name("process_name", process, 0, name=f"simulated memory of rank {prediction.rank}, allocations spread evenly")
     yield _name("process_sort_index", process, 0, sort_index=0)
     for at_s, held in prediction.memory:
         sizes = {category: held.get(category, 0) for category in HELD}

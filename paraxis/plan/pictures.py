@@ -44,7 +44,7 @@ WORK = {
 MESSAGES: dict[str, Look] = {
     "all_gather": Look("all-gather", "g", "#56b4e9"),
     "reduce_scatter": Look("reduce-scatter", "r", "#8c6bb1"),
-    "exchange": Look("exchange within a block", "x", "#b8860b"),
+    "exchange": Look("other exchanges", "x", "#b8860b"),
     "p2p": Look("between stages", "p", "#7f8c8d"),
 }
 HELD = {
@@ -202,7 +202,7 @@ def memory_summary(prediction: Prediction) -> str:
     said = f"Rank {prediction.rank} is the fullest: {size(prediction.allocated)} at its peak, {size(prediction.reserved)} reserved, of "
     lacking = prediction.reserved - prediction.usable
     said += f"{size(prediction.usable)} usable" + (f"; {size(lacking)} too much." if lacking > 0 else ".")
-    return f"{said} Allocations are spread evenly over the step."
+    return f"{said} Left to right: the step's allocations in order, each as wide as any other."
 
 
 def _ranks(prediction: Prediction) -> set[int]:
@@ -235,7 +235,7 @@ def size(held: float) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
+    return f"{share:.1%}"
 
 
 def _short(value: float) -> str:
