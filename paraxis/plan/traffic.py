@@ -19,7 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from paraxis.base.axes import Degrees
+from paraxis.base.axes import AXES, Degrees
 from paraxis.base.dtypes import precision
 from paraxis.base.layout import place
 from paraxis.base.schedule import Schedule
@@ -38,6 +38,7 @@ from paraxis.train.stages import Stages, build_stages
 # Groups of ranks that differ in one respect: place along tp, along cp, along fsdp and cp together (`shards`), among the ranks that share
 # out the experts (`ep`), among those that have the same ones (`experts`), along dp.
 GroupKind = Literal["tp", "cp", "shards", "ep", "experts", "dp"]
+FIRST: dict[str, int] = {str(axis): 0 for axis in AXES}  # the first rank's place along each axis; all hold as much
 FOLLOWED_BY_BACKWARD = ("gpipe", "bfs")  # schedules that run every forward, then every backward: the path is paid once
 
 
@@ -97,8 +98,7 @@ def traffic_of(config: RunConfig, cluster: Cluster, ranks: int) -> Traffic:
     stages = build_stages(config, degrees, model)
     on = cluster.accelerator_of(0)
     world = World(0, ranks, 0, PretendedDevice("cpu", 0, on.name, on.memory_bytes), dist.HashStore())
-    at = dict.fromkeys(("pp", "dp", "fsdp", "cp", "tp"), 0)
-    step = _Step(settle(config, world, at, stages, model), degrees, model, stages)
+    step = _Step(settle(config, world, FIRST, stages, model), degrees, model, stages)
     shape, dtype = stage_output(config, degrees)
     count = getattr(config.model, "flops_per_token", None)
     flops = count(config.data.seq_len) * config.rows_per_step(degrees) * config.data.seq_len / ranks if count else 0.0
@@ -147,7 +147,9 @@ class _Step:
         self.micro_batches = self.config.rows_per_step(d) // (d.data_ranks * self.config.train.micro_batch)
         self.positions = self.config.train.micro_batch * self.config.data.seq_len // d.cp
         self.blocks: list[nn.Module] = list(self.model.blocks())  # type: ignore[operator]
-        self.again = 1 / self.config.remat.every if self.config.remat.mode == "full" else 0.0
+        # What is recomputed is gathered again; only full recomputation goes on to scatter what it has made.
+        self.again = 1 / self.config.remat.every if self.config.remat.mode in ("full", "selective") else 0.0
+        self.scatters_again = self.again if self.config.remat.mode == "full" else 0.0
         reshard = self.config.parallel.reshard == "always"
         # A pipeline that keeps what it has gathered does so from a step's first forward to its last backward.
         self.gathers_once = d.pp > 1 and not reshard
@@ -185,9 +187,9 @@ class _Step:
         ends[self._rank_of(-1)] += 1
         if self.config.parallel.sequence_parallel:
             yield _collective("tp", "all_gather", bytes, held * (4 + 2 * self.again) + ends)
-            yield _collective("tp", "reduce_scatter", bytes, held * (4 + self.again) + ends)
+            yield _collective("tp", "reduce_scatter", bytes, held * (4 + self.scatters_again) + ends)
         else:
-            yield _collective("tp", "all_reduce", bytes, held * (4 + self.again) + ends)
+            yield _collective("tp", "all_reduce", bytes, held * (4 + self.scatters_again) + ends)
 
     def _sequences(self) -> Iterator[Collective]:
         """What attention moves along `cp`: in a ring, as much as all-gathers of keys and values and reduce-scatters of their gradients."""
@@ -237,10 +239,10 @@ class _Step:
 
     def _entries(self, module: nn.Module) -> dict[nn.Parameter, tuple[GroupKind, int]]:
         """How much of each parameter a rank computes with, and among which ranks it is sharded."""
-        at, layout = dict.fromkeys(("pp", "dp", "fsdp", "cp", "tp"), 0), getattr(module, "layout", {})
+        layout = getattr(module, "layout", {})
         found: dict[nn.Parameter, tuple[GroupKind, int]] = {}
         for name, parameter in module.named_parameters():
-            placed = place(name, tuple(parameter.shape), layout, self.degrees, at)
+            placed = place(name, tuple(parameter.shape), layout, self.degrees, FIRST)
             found[parameter] = "experts" if placed.split_along("ep") else "shards", placed.computed.numel
         return found
 
