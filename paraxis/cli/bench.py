@@ -1,9 +1,8 @@
 """`paraxis bench`: measures training steps, with TorchTitan beside them where the user has set it up, and makes tables of results."""
 
-import shlex
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from paraxis.base.config import suggestion
 from paraxis.base.env import read_environment
 from paraxis.base.errors import ConfigError, StorageError
-from paraxis.cli import bench_collectives, bench_kernels, bench_planner
+from paraxis.cli import bench_collectives, bench_kernels, bench_memory, bench_placement, bench_planner
 from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
 from paraxis.cli.bench_checkpoint import bench as bench_checkpoint
-from paraxis.cli.bench_rows import TABLE_WIDTH, measure_rows, results_file, shown
+from paraxis.cli.bench_rows import TABLE_WIDTH, Variant, measure_rows, read_variants, results_file, shown, split
 from paraxis.cli.data import bench as bench_data
 
 if TYPE_CHECKING:
@@ -27,9 +26,11 @@ usage: paraxis bench step RECIPE [--field=value ...] [options]
        paraxis bench startup RECIPE [--field=value ...] [options, without --steps and --warmup]
        paraxis bench data RECIPE [--data.field=value ...] [--rounds N] [--processes N] [--name NAME] [--out FILE] [--json]
        paraxis bench checkpoint [--gib N] [--ranks N,N] [--runs N] [--folder DIR] [--name NAME] [--out FILE] [--json]
+       paraxis bench memory RECIPE [--field=value ...] [--row ...] [--ranks N] [--steps N] [--name NAME] [--out FILE] [--json]
        paraxis bench attention RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
        paraxis bench loss RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
        paraxis bench collectives [--ranks N] [--quick] [--name NAME] [--out FILE] [--json]
+       paraxis bench placement RECIPE [--field=value ...] [--cluster FILE] [--hosts N] [--matrices N] [--name NAME] [--out FILE] [--json]
        paraxis bench planner [--rows DIR] [--first N] [--calibrate] [--name NAME] [--out FILE] [--json]
        paraxis bench planner --measured FILE --cluster NAME [--name NAME] [--out FILE] [--json]
        paraxis bench table FILE ... | --into PAGE
@@ -64,6 +65,10 @@ checkpoint saves and loads a state of so many GiB (default: 1) on so many ranks 
 folder made in DIR (default: that for temporary files): in the foreground, without hashing, in the background, and by torch's own DCP,
 beside as many bare bytes written, synced and read; medians of N runs (default: 3), reads from the disk.
 
+memory trains a few steps (default: 5) of every row on made data, without files, and reports the peaks of allocated and reserved memory
+and the step time; a row with --limits=GIB,GIB runs again with so little memory each time, which shows what it can do with, and one
+with --recipe=NAME is of another recipe. bench planner reads its results.
+
 attention times every backend on the heads, sequence length and micro-batch of the recipe, with whole rows and with documents of 1,000
 tokens; loss times the vocabulary projection with its cross-entropy in chunks of several sizes, beside the plain one and, on a GPU where
 it is installed, Liger's. Both on one device: forward and backward in ms and TFLOP/s.
@@ -76,6 +81,10 @@ beside two published equations. --rows is where the rows are (default: bench/pub
 a results file that has their recipe, options and ranks, on the cluster file NAME: memory allocated and reserved, step time, and whether
 they fit. Rows named in the file beside it that ends in .calibration.txt are not scored.
 
+placement places the recipe's ranks on N hosts (default: 16) like that of a cluster file (default: dgx_h100) whose links differ by 0 to
+40 %, in N made matrices each (default: 3), and reports how much of the step's communication time is saved: of hosts in the order of
+their numbers and in random ones, as measured and on a second snapshot of the same links. On a laptop.
+
 table prints results files as Markdown; with --into, it makes the tables marked in a page again instead, from the files of
 bench/results that the marks name: <!-- table: step-... --> to <!-- end of table -->.
 
@@ -84,6 +93,8 @@ examples:
   paraxis bench step llama3_8b --ranks 2 --row "two: --train.micro_batch=2" --row "full: --train.micro_batch=4 --remat.mode=full"
   paraxis bench step llama3_8b --train.micro_batch=2 --data.paths=text.jsonl --data.tokenizer=titan/assets --against titan --titan titan
   paraxis bench checkpoint --gib 8 --folder /scratch
+  paraxis bench memory llama3_8b --model.layers=8 --row "one: --train.micro_batch=1" --row "two: --train.micro_batch=2 --limits=60,58"
+  paraxis bench placement llama3_70b --parallel.pp=4 --parallel.tp=8 --parallel.microbatches=16
   paraxis bench table --into docs/performance.md
 """
 
@@ -99,10 +110,12 @@ def run(arguments: list[str]) -> int:
         "startup": _startup,
         "data": bench_data,
         "checkpoint": bench_checkpoint,
+        "memory": bench_memory.run,
         "attention": bench_kernels.run,
         "loss": bench_kernels.run,
         "collectives": bench_collectives.run,
         "planner": bench_planner.run,
+        "placement": bench_placement.run,
         "table": _table,
     }
     name = next((word for word in arguments if not word.startswith("-")), None)
@@ -112,35 +125,6 @@ def run(arguments: list[str]) -> int:
     if name not in benchmarks:
         raise ConfigError(f"there is no benchmark {name!r}{suggestion(name, benchmarks)} See paraxis bench --help")
     return benchmarks[name](arguments)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row as it is asked for: its name and the words of its options."""
-
-    name: str
-    options: Sequence[str]
-
-
-def read_variants(option: str, texts: Sequence[str]) -> list[Variant]:
-    """Rows given as "NAME: options". Raises ConfigError for one that is written otherwise, and for a name given twice."""
-    found: list[Variant] = []
-    for text in texts:
-        name, colon, options = (part.strip() for part in text.partition(":"))
-        if not name or not colon or name.startswith("-"):
-            raise ConfigError(f'--{option}={text!r} has no name; write "NAME: --field=value ..."')
-        if name in [variant.name for variant in found]:
-            raise ConfigError(f"--{option}: there are two rows {name!r}; give each a name of its own")
-        found.append(Variant(name, split(option, options)))
-    return found
-
-
-def split(option: str, text: str) -> list[str]:
-    """The words of an option's value, as a shell splits them. Raises ConfigError where a quotation does not end."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"--{option}={text!r} cannot be read: {error}") from None
 
 
 def _step(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,35 @@ ROWS_OPTIONS = ("name", "out")
 ROWS_FLAGS = ("json", "debug", "help")
 
 Rows = Callable[["Machine"], Iterator[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row as it is asked for: its name and the words of its options."""
+
+    name: str
+    options: Sequence[str]
+
+
+def read_variants(option: str, texts: Sequence[str]) -> list[Variant]:
+    """Rows given as "NAME: options". Raises ConfigError for one that is written otherwise, and for a name given twice."""
+    found: list[Variant] = []
+    for text in texts:
+        name, colon, options = (part.strip() for part in text.partition(":"))
+        if not name or not colon or name.startswith("-"):
+            raise ConfigError(f'--{option}={text!r} has no name; write "NAME: --field=value ..."')
+        if name in [variant.name for variant in found]:
+            raise ConfigError(f"--{option}: there are two rows {name!r}; give each a name of its own")
+        found.append(Variant(name, split(option, options)))
+    return found
+
+
+def split(option: str, text: str) -> list[str]:
+    """The words of an option's value, as a shell splits them. Raises ConfigError where a quotation does not end."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--{option}={text!r} cannot be read: {error}") from None
 
 
 def measure_rows(benchmark: str, parsed: Arguments, arguments: Sequence[str], rows: Rows) -> int:

@@ -45,6 +45,14 @@ def read_memory(device: Device) -> Memory:
     return Memory(peak_gib, peak_gib, current_gib)
 
 
+def limit_memory(device: Device, bytes: int) -> None:
+    """Holds the allocator to so many bytes of a CUDA device, or to all of it for 0, gives back what it keeps unused, and forgets peaks."""
+    if device.is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, bytes / device.memory_bytes) if bytes else 1.0, device.torch)
+        torch.cuda.reset_peak_memory_stats(device.torch)
+
+
 def start_recording(device: Device) -> None:
     """Records allocations from here on (CUDA only: on CPU the profiler does, with `profile_memory=True`)."""
     if device.is_cuda:

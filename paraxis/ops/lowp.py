@@ -132,11 +132,24 @@ def reference_product(left: Operand, right: Operand, dtype: torch.dtype) -> Tens
     return (dequantise(left) @ dequantise(right).t()).to(dtype)
 
 
+def _cpu_scales_rows() -> bool:
+    """Whether this torch's CPU kernel takes a scale for each row: 2.13's does, 2.11's takes one for the whole tensor only."""
+    one = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(one, one.t(), torch.ones(16, 1), torch.ones(1, 16), out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
+CPU_SCALES_ROWS = _cpu_scales_rows()  # asked at once: a compiler that follows `product` could not
+
+
 def product(left: Operand, right: Operand, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
     """left [r, k] times right [c, k] transposed: [r, c] in `dtype`, added up in fp32; `fast` keeps fewer bits of partial sums (Hopper)."""
     in_blocks = not (_is_whole(left) and _is_whole(right)) and not (_is_by_row(left) and _is_by_row(right))
-    if in_blocks and not left.values.is_cuda:
-        return reference_product(left, right, dtype)  # the CPU has no kernel for blocks
+    if not left.values.is_cuda and (in_blocks or not (_is_whole(left) or CPU_SCALES_ROWS)):
+        return reference_product(left, right, dtype)  # the CPU has no kernel for blocks, and torch 2.11's none for rows
     left_scale, right_scale = (_as_the_kernel_reads(operand) if in_blocks else operand.inverse for operand in (left, right))
     return torch._scaled_mm(left.values, right.values.t(), left_scale, right_scale.t(), out_dtype=dtype, use_fast_accum=fast)
 

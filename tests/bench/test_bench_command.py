@@ -10,7 +10,7 @@ import pytest
 
 from paraxis.base.errors import ConfigError
 from paraxis.cli import main
-from paraxis.cli.bench import Variant, read_variants, shown
+from paraxis.cli.bench_rows import Variant, read_variants, shown
 
 ROOT = Path(__file__).parents[2]
 
