@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from paraxis.base.axes import Degrees
 from paraxis.plan.cuts import speed_of
 from paraxis.plan.hardware import Cluster, Route
-from paraxis.plan.traffic import Collective, Traffic, groups_of
+from paraxis.plan.traffic import Collective, GroupKind, Traffic, groups_of
 
 RouteKey = tuple[int, int, int, int, int]  # ranks, hosts, ports, classes of the slowest links across and inside (-1: none)
 Worst = tuple[float, float, float, float]  # of a bucket's groups, for a micro-batch and once a step: the slowest's, and the average's
@@ -93,7 +93,8 @@ class Board:
         self._groups: list[range] = []
         self._members: list[list[int]] = []  # of a group: its slots, in the order of its ring
         self._bucket: list[int] = []
-        for kind in dict.fromkeys(one.group for one in (*traffic.each, *traffic.once)):
+        kinds: list[GroupKind] = [one.group for one in (*traffic.each, *traffic.once)]
+        for kind in dict.fromkeys(kinds):
             for stage, groups in enumerate(slot_of[groups_of(kind, degrees)]):
                 self._add(kind, stage, np.unique(groups, axis=0).tolist())
         lanes = np.unique(slot_of.reshape(self.pp, -1).T, axis=0).tolist() if traffic.hops else []
@@ -107,7 +108,7 @@ class Board:
         self._hops = [[-1.0] * len(links.reached) for _ in links.reached]  # seconds, where they were asked for
         self.hosts: list[int] = []
 
-    def _add(self, kind: str, stage: int, groups: list[list[int]]) -> None:
+    def _add(self, kind: GroupKind, stage: int, groups: list[list[int]]) -> None:
         """A bucket: the groups of a kind in a stage, of which the slowest counts."""
         said = [(one, one.times[stage], 0.0) for one in self.traffic.each if one.group == kind]
         said += [(one, 0.0, one.times[stage]) for one in self.traffic.once if one.group == kind]
