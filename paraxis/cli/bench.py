@@ -31,6 +31,7 @@ usage: paraxis bench step RECIPE [--field=value ...] [options]
        paraxis bench loss RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
        paraxis bench collectives [--ranks N] [--quick] [--name NAME] [--out FILE] [--json]
        paraxis bench placement RECIPE [--field=value ...] [--cluster FILE] [--hosts N] [--matrices N] [--name NAME] [--out FILE] [--json]
+       paraxis bench placement RECIPE [--field=value ...] [--cluster FILE] [--hosts N] [--matrices N] [--name NAME] [--out FILE] [--json]
        paraxis bench planner [--rows DIR] [--first N] [--calibrate] [--name NAME] [--out FILE] [--json]
        paraxis bench planner --measured FILE --cluster NAME [--name NAME] [--out FILE] [--json]
        paraxis bench table FILE ... | --into PAGE
@@ -85,6 +86,10 @@ placement places the recipe's ranks on N hosts (default: 16) like that of a clus
 40 %, in N made matrices each (default: 3), and reports how much of the step's communication time is saved: of hosts in the order of
 their numbers and in random ones, as measured and on a second snapshot of the same links. On a laptop.
 
+placement places the recipe's ranks on N hosts (default: 16) like that of a cluster file (default: dgx_h100) whose links differ by 0 to
+40 %, in N made matrices each (default: 3), and reports how much of the step's communication time is saved: of hosts in the order of
+their numbers and in random ones, as measured and on a second snapshot of the same links. On a laptop.
+
 table prints results files as Markdown; with --into, it makes the tables marked in a page again instead, from the files of
 bench/results that the marks name: <!-- table: step-... --> to <!-- end of table -->.
 
@@ -94,6 +99,7 @@ examples:
   paraxis bench step llama3_8b --train.micro_batch=2 --data.paths=text.jsonl --data.tokenizer=titan/assets --against titan --titan titan
   paraxis bench checkpoint --gib 8 --folder /scratch
   paraxis bench memory llama3_8b --model.layers=8 --row "one: --train.micro_batch=1" --row "two: --train.micro_batch=2 --limits=60,58"
+  paraxis bench placement llama3_70b --parallel.pp=4 --parallel.tp=8 --parallel.microbatches=16
   paraxis bench placement llama3_70b --parallel.pp=4 --parallel.tp=8 --parallel.microbatches=16
   paraxis bench table --into docs/performance.md
 """
@@ -115,6 +121,7 @@ def run(arguments: list[str]) -> int:
         "loss": bench_kernels.run,
         "collectives": bench_collectives.run,
         "planner": bench_planner.run,
+        "placement": bench_placement.run,
         "placement": bench_placement.run,
         "table": _table,
     }
