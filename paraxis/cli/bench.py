@@ -122,7 +122,6 @@ def run(arguments: list[str]) -> int:
         "collectives": bench_collectives.run,
         "planner": bench_planner.run,
         "placement": bench_placement.run,
-        "placement": bench_placement.run,
         "table": _table,
     }
     name = next((word for word in arguments if not word.startswith("-")), None)
