@@ -3,6 +3,7 @@
 tokens-00000.bin ...   token ids, little-endian uint16 (uint32 for vocabularies over 65,536); no document straddles two
 ends.bin               int64 per document: how many tokens there are up to its end
 trained-00000.bin ...  uint8 per token, 1 where it is to be predicted; only where some are not
+*.sha256               of each of these, the hashes of its parts (mapped.py)
 meta.json              counts, settings, the fingerprint
 tokenizer.json ...     the tokenizer's files
 """
@@ -19,13 +20,14 @@ import numpy as np
 
 from paraxis.base.errors import DataError
 from paraxis.base.seams import IGNORE
+from paraxis.data.mapped import Mapped, files_of, hash_parts
 from paraxis.data.tokens import Tokenizer
 
 SHARD_TOKENS = 1 << 28
 ENDS_BUFFER = 1 << 16
 META = "meta.json"
 ENDS = "ends.bin"
-FORMAT = 2  # raise it when a change makes old folders unreadable, or makes other tokens
+FORMAT = 3  # raise it when a change makes old folders unreadable, or makes other tokens
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -116,6 +118,11 @@ class ShardWriter:
         self._flush_ends()
         self._ends_file.close()
         self._finish_shard()
+        for number in range(len(self._shard_ends)):
+            hash_parts(self._folder / _shard_name(number))
+            if self._trained:
+                hash_parts(self._folder / _trained_name(number))
+        hash_parts(self._folder / ENDS)
         write_meta(self._folder, self.dtype, self._trained is not None, settings, self._shard_ends, self.files, skipped, first_skipped)
 
     def close(self) -> None:
@@ -137,9 +144,8 @@ def write_meta(
     first_skipped: str,
 ) -> None:
     """Writes what there is to know about the shards in `folder`. The fingerprint is of content and `settings`."""
-    content = {"format": FORMAT, "dtype": dtype.str, **settings, "files": [record.sha256 for record in files]}
     meta = {
-        "fingerprint": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        "fingerprint": _fingerprint(dtype.str, settings, [record.sha256 for record in files]),
         "format": FORMAT,
         "dtype": dtype.str,
         "masked": masked,
@@ -154,12 +160,17 @@ def write_meta(
     (folder / META).write_text(json.dumps(meta, indent=1))
 
 
+def _fingerprint(dtype: str, settings: Mapping[str, Any], hashes: Sequence[str]) -> str:
+    content = {"format": FORMAT, "dtype": dtype, **settings, "files": hashes}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """What `write_meta` wrote. Raises DataError where it cannot be read."""
     try:
         meta = json.loads((folder / META).read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"the tokens are damaged: {error}; delete the folder {folder} and make it again") from error
+        raise DataError(f"the tokens are damaged: {folder / META}: {error}; delete the folder {folder} and make it again") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{folder / META} is not of format {FORMAT}, which this version of paraxis reads; prepare the data again")
     if not _describes_shards(meta):
@@ -181,9 +192,11 @@ def _describes_shards(meta: Mapping[str, Any]) -> bool:
             "first_skipped": str(),
             "files": [*files],
         }:
-            named = all(isinstance(file, dict) and file.keys() == FileRecord("").__dict__.keys() for file in files)
+            if not all(isinstance(file, dict) and file.keys() == FileRecord("").__dict__.keys() for file in files):
+                return False
+            printed = _fingerprint(meta["dtype"], meta["settings"], [file["sha256"] for file in files]) == meta["fingerprint"]
             counts = [0, *ends, tokens]
-            return named and documents >= 0 and all(type(end) is int for end in ends) and counts == sorted(counts) and ends[-1:] == [tokens]
+            return printed and documents >= 0 and all(type(n) is int for n in counts) and counts == sorted(counts) and ends[-1:] == [tokens]
     return False
 
 
@@ -200,6 +213,7 @@ def join_parts(parts: Sequence[Path], folder: Path) -> None:
                     _link(part / _trained_name(number), folder / _trained_name(len(shard_ends)))
                 shard_ends.append(before + end)
             (np.fromfile(part / ENDS, "<i8") + before).tofile(ends_file)
+    hash_parts(folder / ENDS)
     first = metas[0]
     files = [FileRecord(**record) for meta in metas for record in meta["files"]]
     skipped = sum(meta["skipped"] for meta in metas)
@@ -208,10 +222,12 @@ def join_parts(parts: Sequence[Path], folder: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
+    """An array in another folder, with its hashes."""
+    for old, new in zip(files_of(source), files_of(target), strict=True):
+        try:
+            new.hardlink_to(old)
+        except OSError:
+            shutil.copyfile(old, new)
 
 
 class Documents:
@@ -229,18 +245,18 @@ class Documents:
         self.first_skipped: str = next((meta["first_skipped"] for meta in metas if meta["first_skipped"]), "")
         self.empty: int = sum(record["empty"] for meta in metas for record in meta["files"])
         ends, shard_ends, before = [], [], 0
-        self._shards: list[np.ndarray] = []
-        self._trained: list[np.ndarray] = []
+        self._shards: list[Mapped] = []
+        self._trained: list[Mapped] = []
         for folder, meta in zip(folders, metas, strict=True):
-            found = _map(folder / ENDS, np.dtype("<i8"), meta["documents"])
+            found = Mapped(folder / ENDS, np.dtype("<i8"), meta["documents"]).read(0, meta["documents"])
             if len(found) and found[-1] != meta["tokens"]:
                 raise DataError(f"the tokens are damaged: {folder / ENDS} does not end where they do; delete {folder} and make it again")
             ends.append(found + before if before else found)
             shard_ends += [before + end for end in meta["shard_ends"]]
             for number, size in enumerate(np.diff(meta["shard_ends"], prepend=0).tolist()):
-                self._shards.append(_map(folder / _shard_name(number), np.dtype(meta["dtype"]), size))
+                self._shards.append(Mapped(folder / _shard_name(number), np.dtype(meta["dtype"]), size))
                 if meta["masked"]:
-                    self._trained.append(_map(folder / _trained_name(number), np.dtype(np.uint8), size))
+                    self._trained.append(Mapped(folder / _trained_name(number), np.dtype(np.uint8), size))
             before += meta["tokens"]
         self.ends = ends[0] if len(ends) == 1 else np.concatenate(ends)
         self._shard_ends = np.array(shard_ends, np.int64)
@@ -248,7 +264,7 @@ class Documents:
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` of `document`, counted from its own beginning, in the type they are stored in."""
         shard, offset = self._place(document)
-        return self._shards[shard][offset + start : offset + stop]
+        return self._shards[shard].read(offset + start, offset + stop)
 
     def targets(self, document: int, start: int, stop: int) -> np.ndarray:
         """The same tokens as int64, with IGNORE in place of those that are not to be predicted."""
@@ -256,7 +272,7 @@ class Documents:
         if not self._trained:
             return tokens
         shard, offset = self._place(document)
-        return np.where(self._trained[shard][offset + start : offset + stop], tokens, IGNORE)
+        return np.where(self._trained[shard].read(offset + start, offset + stop), tokens, IGNORE)
 
     def _place(self, document: int) -> tuple[int, int]:
         """The shard that holds `document`, and where in it the document begins."""
@@ -286,12 +302,3 @@ def _shard_name(index: int) -> str:
 
 def _trained_name(index: int) -> str:
     return f"trained-{index:05}.bin"
-
-
-def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
-        raise DataError(
-            f"the tokens are damaged: {path} is missing or not {count * dtype.itemsize} bytes; "
-            f"delete the folder {path.parent} and make it again"
-        )
-    return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)

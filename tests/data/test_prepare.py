@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 from multiprocessing.process import BaseProcess
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 
 from paraxis.base.errors import DataError, StorageError
+from paraxis.data import mapped, shards
 from paraxis.data import prepare as prepare_module
-from paraxis.data import shards
 from paraxis.data.config import DataConfig
 from paraxis.data.prepare import load_tokenizer, prepare
-from paraxis.data.shards import ShardWriter, token_dtype
+from paraxis.data.shards import Prepared, ShardWriter, token_dtype
 from paraxis.data.tokens import Tokenizer
 from tests.data.corpus import documents, prepared, sentences, tokenizer
 
@@ -145,6 +146,41 @@ def test_a_cache_that_cannot_be_written_or_is_damaged_is_named(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(DataError, match=r"tokens-00000\.bin .*delete the folder"):
         prepare(config, tmp_path / "cache", tokenizer=tokenizer())
+
+
+@pytest.mark.parametrize("chat", ["none", "chatml"])
+def test_a_flipped_bit_anywhere_is_refused_by_the_files_name_before_it_is_trained_on(tmp_path, chat, monkeypatch):
+    """But for names and counts in meta.json by which nothing is read. A wrong length there looks like one of the file that has it."""
+    monkeypatch.setattr(mapped, "PART_BYTES", 512)
+    field = {"none": lambda text: {"text": text}, "chatml": lambda text: {"messages": [{"role": "assistant", "content": text}]}}[chat]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(field(text)) for text in sentences(60)))
+    config = DataConfig(paths=(str(tmp_path / "a.jsonl"),), tokenizer="train:300", chat=chat)
+    data = prepare(config, tmp_path / "cache")
+    files = sorted(path for path in data.folder.iterdir() if path.suffix in (".bin", ".sha256") or path.name == "meta.json")
+    assert len(files) == (5 if chat == "none" else 7)
+
+    def read() -> list[list[int]]:
+        again = Prepared(data.folder, data.tokenizer)
+        targets = [again.targets(n, 0, len(text)).tolist() for n, text in enumerate(documents(again))]
+        return [*documents(again), *targets, [*again.fingerprint.encode()]]
+
+    dice, whole, said = random.Random(chat), read(), []
+    for path in [*files, *dice.choices(files, k=150)]:
+        content = path.read_bytes()
+        broken = bytearray(content)
+        bit = dice.randrange(8 * len(content))
+        broken[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(broken)
+        try:
+            said.append((path, "the same" if read() == whole else "something else"))
+        except DataError as error:
+            said.append((path, str(error)))
+        path.write_bytes(content)
+    assert read() == whole
+    assert all(path.stem in words for path, words in said if path.name != "meta.json")
+    of_meta = [words for path, words in said if path.name == "meta.json"]
+    assert "something else" not in of_meta
+    assert of_meta.count("the same") < len(of_meta) / 2
 
 
 def test_progress_ends_at_all_bytes_read(tmp_path):
