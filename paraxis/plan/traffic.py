@@ -99,7 +99,6 @@ def traffic_of(config: RunConfig, cluster: Cluster, ranks: int) -> Traffic:
     on = cluster.accelerator_of(0)
     world = World(0, ranks, 0, PretendedDevice("cpu", 0, on.name, on.memory_bytes), dist.HashStore())
     step = _Step(settle(config, world, FIRST, stages, model), degrees, model, stages)
-    shape, dtype = stage_output(config, degrees)
     count = getattr(config.model, "flops_per_token", None)
     flops = count(config.data.seq_len) * config.rows_per_step(degrees) * config.data.seq_len / ranks if count else 0.0
     schedule = stages.schedule if stages else None
@@ -107,12 +106,18 @@ def traffic_of(config: RunConfig, cluster: Cluster, ranks: int) -> Traffic:
         each=_joined(step.each()),
         once=_joined(step.once()),
         micro_batches=step.micro_batches,
-        message_bytes=float(prod(shape) * dtype.itemsize) if schedule else 0.0,
+        message_bytes=_message_bytes(config, degrees) if schedule else 0.0,
         hops=tuple((a, b) for a, b in pairwise(schedule.rank_of) if a != b) if schedule else (),
         rounds=_rounds(schedule),
         work_s=flops / max(speed_of(accelerator, dtype_of(config)) for accelerator in cluster.accelerators.values()),
         dtype=dtype_of(config),
     )
+
+
+def _message_bytes(config: RunConfig, degrees: Degrees) -> float:
+    """What one pipeline rank hands to the next, of a micro-batch."""
+    shape, dtype = stage_output(config, degrees)
+    return float(prod(shape) * dtype.itemsize)
 
 
 def _rounds(schedule: Schedule | None) -> float:
