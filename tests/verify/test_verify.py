@@ -114,8 +114,8 @@ assert main(["verify", "debug", "--layouts", "dp2", "--steps=1"]) == 0
 )
 def test_layouts_on_gpus_give_the_numbers_of_one_gpu(recipe, layouts):
     code = f"""
-from paraxis.base.env import count_gpus_without_cuda
-count_gpus_without_cuda()
+from paraxis.base.env import stay_forkable
+stay_forkable()
 from paraxis.parallel.world import visible_devices
 from paraxis.cli import main
 if visible_devices() < 2:
