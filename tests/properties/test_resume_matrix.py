@@ -214,7 +214,7 @@ def selected(pairs: Sequence[tuple[str, str, tuple[str, ...]]], *marks: pytest.M
     return [pytest.param(*pair, marks=marks, id=f"{pair[0]}-{pair[1]}-from_{len(pair[2])}".replace(" ", "_")) for pair in pairs]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(("model", "there", "sources"), [*selected(COVERING), *selected(PAIRS, pytest.mark.full)])
 def test_a_run_goes_on_on_any_layout_as_if_it_had_never_stopped(
     model: str, there: str, sources: tuple[str, ...], origins: Origins, tmp_path: Path
@@ -224,7 +224,7 @@ def test_a_run_goes_on_on_any_layout_as_if_it_had_never_stopped(
         origins.legs(model, source)
     config = origins.config(model, there)
     paths = [origins.path(model, source) for source in sources]
-    ranks = run_world(resume_each, config.parallel.degrees.ranks, config, origins.folder, paths, tmp_path, timeout=500)
+    ranks = run_world(resume_each, config.parallel.degrees.ranks, config, origins.folder, paths, tmp_path, timeout=900)
     end = f"step-{2 * STEPS}"
     for number, source in enumerate(sources):
         moved, path, into = together([legs[number] for legs in ranks]), origins.path(model, source), tmp_path / source
