@@ -11,7 +11,7 @@ from paraxis.cli import main
 from paraxis.plan.cluster_file import read_cluster
 from paraxis.recipes.find import find
 
-LAYOUT = ["--parallel.pp=2", "--parallel.microbatches=4", "--compile=none"]
+LAYOUT = ["--parallel.pp=2", "--parallel.fsdp=-1", "--parallel.microbatches=4", "--compile=none"]
 
 
 @pytest.mark.parametrize("variation", [0.0, 0.1, 0.2])
@@ -48,7 +48,7 @@ def test_the_command_writes_results_that_become_a_table(tmp_path: Path, capsys: 
         (["debug", "--hosts=1"], "hosts=1"),
         ([], "takes one recipe"),
         (["debug", "--cluster=nowhere.toml"], "dgx_h100"),
-        (["debug", "--parallel.fsdp=3"], "needs 3 ranks but 16"),
+        (["debug", "--parallel.fsdp=3"], "needs 3 ranks but 128"),
     ],
 )
 def test_what_cannot_be_placed_is_refused_in_words(words: list[str], says: str, capsys: pytest.CaptureFixture[str]):

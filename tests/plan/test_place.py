@@ -382,7 +382,7 @@ def test_the_closed_form_is_what_a_traced_step_exchanges(apart: Any, recipe: str
         "compile": "none",
         "remat.mode": settings.get("remat", "none"),
         "data.seq_len": 1024,
-        "model.layers": 2,
+        "model.layers": 4 if "schedule" in settings else 2,
         "parallel.fsdp": 1,
     } | parallel
     config = find(recipe, fields | ({"model.routing.balance_loss": 0.0} if "qwen" in recipe else {}))[0]
@@ -393,4 +393,4 @@ def test_the_closed_form_is_what_a_traced_step_exchanges(apart: Any, recipe: str
         for one in ones:
             key = tuple(groups_of(one.group, degrees)[0, 0].tolist()), one.exchange
             said[key] = said.get(key, 0.0) + one.bytes * one.times[0] * times
-    assert said == pytest.approx(apart(lambda: exchanged(config, ranks)), rel=1e-3)
+    assert said == pytest.approx(apart(lambda: exchanged(config, ranks)), rel=2e-3)
