@@ -263,9 +263,13 @@ class Space:
         return pp <= blocks
 
     def _experts(self, shards: int, tp: int, fixed: int | None) -> list[int]:
-        if not routed_layers(self.model):
+        if not self._routed:
             return [1] if fixed in (None, 1) else []
         return [ep for ep in _divisors(shards, fixed) if ep == 1 or self._divides(tp, ep)]
+
+    @cached_property
+    def _routed(self) -> bool:
+        return bool(routed_layers(self.model))
 
     def _divides(self, tp: int, ep: int) -> bool:
         if (tp, ep) not in self._known:

@@ -10,6 +10,7 @@ import heapq
 import logging
 import signal
 import time
+from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -48,7 +49,7 @@ class Effort:
     bounds it all. Without, the same search finds the same, however busy the machine is."""
 
     keep: int = 12
-    simulated: int = 300
+    simulated: int = 200
     traced: int = 6
     seconds: float | None = None
 
@@ -117,7 +118,7 @@ class Search:
             )
         for part in PARTS:
             self._best(families, part * self.costs.usable, self.effort.keep if part == 1 else 2)
-        options = sorted(self.simulated.values(), key=_by_time)
+        options = distinct(sorted(self.simulated.values(), key=_by_time))
         traced = self._traced(options)
         return self._judged(options, traced)
 
@@ -130,7 +131,7 @@ class Search:
         costs = self.costs
         waiting = [(costs.least_s(family), number, False) for number, family in enumerate(families)]
         heapq.heapify(waiting)
-        best: list[float] = []
+        best: list[float] = []  # without repetitions: many candidates come to the same
         limit = len(self.simulated) + (self.effort.simulated if keep > 2 else self.effort.simulated // 5)
         while waiting and not (len(best) >= keep and waiting[0][0] >= best[keep - 1]):
             if len(self.simulated) >= limit or self.left_s() < 0.5 * (self.effort.seconds or 0):
@@ -146,8 +147,8 @@ class Search:
                 if self._takes(member) <= memory:
                     if member not in self.simulated:
                         self.simulated[member] = self._evaluate(member)
-                    best.append(self.simulated[member].step_s)
-            best.sort()
+                    if (step_s := round(self.simulated[member].step_s, 12)) not in best:
+                        insort(best, step_s)
 
     def _takes(self, candidate: Candidate) -> float:
         return sum(self.costs.memory(candidate).values())
@@ -221,6 +222,11 @@ class Search:
         return False
 
 
+def distinct(options: Iterable[Option]) -> list[Option]:
+    """Without those that by estimate take what an earlier one takes, in time and in memory."""
+    return list({(round(one.tokens_per_s, 6), round(one.reserved)): one for one in reversed(list(options))}.values())[::-1]
+
+
 def pareto(fitting: Sequence[Option]) -> list[Option]:
     """Of options in order of time those that take less memory than every faster one."""
     found: list[Option] = []
@@ -230,9 +236,10 @@ def pareto(fitting: Sequence[Option]) -> list[Option]:
     return found
 
 
-def _by_time(option: Option) -> tuple[float, float]:
-    """Fastest first: by tokens a second, as steps may differ in their tokens; of equals, what takes less memory."""
-    return -round(option.tokens_per_s, 9), option.reserved
+def _by_time(option: Option) -> tuple[float, int, int]:
+    """Fastest first: by tokens a second, as steps may differ in their tokens; of equals, what takes less memory, and fewer axes."""
+    d = option.candidate.degrees
+    return -round(option.tokens_per_s, 6), round(option.reserved), d.cp * d.tp * d.pp
 
 
 def _ratio(options: Iterable[Option], traced: Mapping[Candidate, Option]) -> tuple[float, float]:

@@ -1,0 +1,145 @@
+"""`paraxis plan` and `paraxis train --parallel.auto=true`, as a user calls them, on a cluster of CPU processes."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paraxis.base.errors import ConfigError
+from paraxis.cli import auto, plan
+from tests.cli.folders import said
+
+CPU = """
+name = "four processes"
+
+[[pools]]
+hosts = 1
+devices = 4
+accelerator = "cpu"
+inside = "memory"
+
+[accelerators.cpu]
+name = "a CPU"
+memory_gib = {memory}
+reserved_gib = 0
+gb_per_s = 20
+peak_tflops = {{ bf16 = 0.05, fp32 = 0.05, fp64 = 0.02 }}
+
+[links.memory]
+kind = "memory"
+gb_per_s = 5
+"""
+FEW = ("--parallel.pp=1", "--parallel.cp=1", "--train.micro_batch=2")  # what is left is searched in a second
+OPTION = {
+    "layout": str, "settings": dict, "schedule": str | None, "cuts": list, "micro_batch": int, "micro_batches": int, "remat": str,
+    "reshard": str, "precision": str, "placement": str, "source": str, "step_s": float, "tokens_per_s": float, "mfu": float | None,
+    "exposed_s": float, "bubble": float, "memory": dict, "reserved": float, "usable": int, "fits": bool, "why": str,
+}  # fmt: skip
+MEMORY = {"parameters", "gradients", "optimizer", "activations", "communication", "fragmentation"}
+
+
+FIXED = (*FEW, "--parallel.tp=1", "--remat.mode=none", "--train.global_tokens=512")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    path = tmp_path / "here.toml"
+    path.write_text(CPU.format(memory=4))
+    return path
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    return json.loads(said(capsys, "plan", *words, "--json"))
+
+
+def test_everything_that_was_found_is_told_as_json(cluster: Path, capsys: pytest.CaptureFixture[str]):
+    answer = told(capsys, "debug", "--cluster", cluster, "--gpus", "2", "--seconds", "60", "--train.global_tokens=512", *FEW)
+    assert (answer["recipe"], answer["cluster"], answer["ranks"], answer["tokens_per_step"]) == ("debug", "four processes", 2, 512)
+    assert answer["plans"]
+    for one in [*answer["plans"], *answer["pareto"]]:
+        assert one.keys() == OPTION.keys()
+        assert all(isinstance(one[name], kind) for name, kind in OPTION.items())
+        assert one["memory"].keys() >= MEMORY
+        assert one["reserved"] == pytest.approx(sum(one["memory"].values()))
+        assert one["settings"]["train.global_tokens"] in (512, "512")
+    assert answer["plans"][0]["source"] == "traced"
+    assert answer["plans"][0]["why"] == ""
+    assert answer["search"]["traced"] >= 1
+    assert answer["lacking"] is None
+
+
+def test_the_table_ends_in_a_command_that_trains_so(cluster: Path, capsys: pytest.CaptureFixture[str]):
+    shown = said(capsys, "plan", "debug", "--cluster", cluster, "--gpus", "2", "--seconds", "60", "--train.global_tokens=512", *FEW)
+    assert "tokens/s/GPU" in shown
+    assert "fragmentation" in shown
+    [command] = [line for line in shown.splitlines() if line.startswith("paraxis train debug ")]
+    config = tomllib.loads(said(capsys, *command.split()[1:], "--print-config"))
+    assert config["train"]["global_tokens"] == 512
+    assert config["parallel"]["dp"] * config["parallel"]["fsdp"] * config["parallel"]["tp"] == 2
+
+
+def test_a_layout_is_predicted_as_it_was_given(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    page, trace = tmp_path / "step.html", tmp_path / "step.json"
+    drawn = ["--picture", page, "--trace", trace]
+    [one] = told(capsys, "debug", "--cluster", cluster, "--layout", "fsdp2", *drawn)["plans"]
+    assert (one["layout"], one["source"]) == ("fsdp2", "traced")
+    assert "<svg" in page.read_text()
+    assert json.loads(trace.read_text())["traceEvents"]
+    [whole] = told(capsys, "debug", "--cluster", cluster, "--layout", "fsdp2", "--exact")["plans"]
+    assert whole["source"] == "exact"
+    assert whole["reserved"] == pytest.approx(one["reserved"], rel=0.005)
+
+
+def test_nothing_that_fits_says_how_much_is_lacking(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    small = tmp_path / "small.toml"
+    small.write_text(CPU.format(memory=0.001))
+    words = ["debug", "--cluster", str(small), "--layout", "fsdp2", "--json"]
+    assert plan.run(words) == plan.NOTHING_FITS
+    answer = json.loads(capsys.readouterr().out)
+    least = answer["lacking"]["least"]
+    assert answer["plans"] == []
+    assert answer["lacking"]["bytes"] == pytest.approx(least["reserved"] - 0.001 * 2**30, abs=1)
+    assert plan.run(words[:-1]) == plan.NOTHING_FITS
+    assert f"lacks {answer['lacking']['bytes'] / 2**30:.3g} GiB" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_asked_for(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="needs --cluster"):
+        plan.run(["debug"])
+    with pytest.raises(ConfigError, match="takes 8 devices"):
+        plan.run(["debug", "--cluster", str(cluster), "--layout", "fsdp8"])
+    with pytest.raises(ConfigError, match=r"neither \.html nor \.svg"):
+        plan.run(["debug", "--cluster", str(cluster), "--layout", "fsdp2", "--picture", "step.png"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"run paraxis probe.*--cluster"):
+        auto.this_cluster(0)
+    (tmp_path / "cluster.toml").write_text(cluster.read_text())
+    assert auto.this_cluster(0).name == "four processes"
+
+
+def trained(folder: Path, *words: object) -> list[float]:
+    """The losses of two steps."""
+    command = [sys.executable, "-m", "paraxis", "train", "debug", "--train.steps=2", "--checkpoint.every=0", "--run-dir", folder, *words]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=190, cwd=folder.parent, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    if "--parallel.auto=true" in words:
+        assert done.stderr.count("auto chose") >= 1
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(400)  # starts Python twice, and ranks from it
+def test_auto_trains_as_the_layout_that_it_chose_and_keeps_that(cluster: Path, tmp_path: Path):
+    losses = trained(tmp_path / "auto", "--parallel.auto=true", "--cluster", cluster, "--ranks", "2", *FIXED)
+    saved = tomllib.loads((tmp_path / "auto" / "config.toml").read_text())
+    assert saved["parallel"]["auto"] is False
+    assert saved["train"]["micro_batch"] == 2
+    assert saved["parallel"]["dp"] * saved["parallel"]["fsdp"] == 2
+    chosen = [f"--parallel.{name}={saved['parallel'][name]}" for name in ("dp", "fsdp", "reshard")]
+    assert losses == trained(tmp_path / "explicit", *chosen, *FIXED)
+    assert len(losses) == 2

@@ -1,0 +1,231 @@
+"""The search: what it may choose from, that pruning loses nothing, what it proposes, and what it says where nothing fits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from paraxis.base.axes import Degrees
+from paraxis.base.errors import ConfigError
+from paraxis.base.schedule import most_in_flight
+from paraxis.base.schedules import SCHEDULES, Plan, build_schedule
+from paraxis.plan.candidates import Candidate, Space, planned
+from paraxis.plan.cluster_file import read_cluster
+from paraxis.plan.hardware import Cluster
+from paraxis.plan.holdings import in_flight
+from paraxis.plan.lacking import find_lacking
+from paraxis.plan.search import Effort, Option, Search, distinct, pareto, traced
+from paraxis.recipes.find import find
+from paraxis.train.check import check, on_meta
+from paraxis.train.config import RunConfig
+
+SMALL = {"model.layers": 4, "train.global_tokens": 16 * 64}
+
+
+def config_of(settings: dict[str, object], recipe: str = "debug") -> RunConfig:
+    return find(recipe, {"compile": "none", "precision": "bf16", **settings, "parallel.auto": True})[0]
+
+
+def space_of(ranks: int, fixed: dict[str, object], shape: dict[str, object] = SMALL, recipe: str = "debug") -> Space:
+    config = planned(config_of({**shape, **fixed}, recipe), ranks, {**fixed, "train.global_tokens": 0})
+    return Space(config, on_meta(config), ranks, fixed)
+
+
+def cluster_of(ranks: int, gib: float = 79.1) -> Cluster:
+    cluster = read_cluster("dgx_h100").with_devices(ranks)
+    chip = replace(cluster.accelerators["h100"], memory_bytes=int(gib * 2**30), reserved_bytes=0)
+    return replace(cluster, accelerators={"h100": chip})
+
+
+def search_of(space: Space, gib: float = 79.1, **effort: Any) -> Search:
+    return Search(space, cluster_of(space.ranks, gib), Effort(**{"traced": 0, "simulated": 10_000, **effort}))
+
+
+@pytest.fixture
+def apart(world: Callable[..., list[Any]]) -> Callable[..., Any]:
+    """Calls a function in a process of its own, which is in no world yet."""
+
+    def call(function: Callable[..., Any]) -> Any:
+        def alone() -> Any:
+            dist.destroy_process_group()
+            return function()
+
+        return world(1, alone, timeout=500)[0]
+
+    return call
+
+
+def every_setting(space: Space) -> list[Candidate]:
+    """Degrees, schedules, kinds and micro-batches in all combinations, legal or not; nothing recomputed."""
+    ranks, found = space.ranks, []
+    sizes = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    for pp, dp, fsdp, cp, tp in product(sizes, repeat=5):
+        if pp * dp * fsdp * cp * tp != ranks:
+            continue
+        schedules = [(name, chunks) for name in SCHEDULES for chunks in (0, 2, 3, 4)] if pp > 1 else [("auto", 0)]
+        kinds = [("ring", 0), ("ulysses", 0), ("allgather", 0), ("usp", 2)] if cp > 1 else [("auto", 0)]
+        for (schedule, chunks), (kind, inner), rows in product(schedules, kinds, (1, 2, 4, 8, 16)):
+            if inner >= cp > 1:  # all of cp exchanges heads: ulysses
+                continue
+            found.append(
+                Candidate(
+                    degrees=Degrees(pp=pp, dp=dp, fsdp=fsdp, cp=cp, tp=tp),
+                    micro_batch=rows,
+                    micro_batches=0,
+                    schedule=schedule,
+                    stages_a_rank=chunks,
+                    cp_kind=kind,
+                    cp_ulysses=inner,
+                    remat="none",
+                )
+            )
+    return found
+
+
+def accepted(one: Candidate, space: Space) -> bool:
+    try:
+        check(one.config(space.config), space.ranks, space.model)
+    except ConfigError:
+        return False
+    known = SCHEDULES.get(one.schedule)
+    # Stages a rank are left to their only number where there is one, and said where there is a choice.
+    return known is None or (one.stages_a_rank > 0) == ((known.stages_a_rank or 2) > 1)
+
+
+@pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.full)])
+def test_the_candidates_are_what_training_accepts(ranks: int):
+    space = space_of(ranks, {}, {**SMALL, "model.heads": 4, "model.kv_heads": 2})
+    legal = {replace(one, micro_batches=0, reshard="auto") for one in space if one.remat == "none"}
+    assert legal == {one for one in every_setting(space) if accepted(one, space)}
+
+
+def test_experts_are_shared_out_where_their_number_and_the_ranks_allow():
+    space = space_of(4, {}, {"model.layers": 2, "train.global_tokens": 4 * 4096}, "qwen3_30b_a3b")
+    degrees = {one.degrees for one in space.families()}
+    assert {one.ep for one in degrees} == {1, 2, 4}
+    assert all(one.shards % one.ep == 0 for one in degrees)
+
+
+@pytest.mark.parametrize("fixed", [{"parallel.tp": 2}, {"parallel.schedule": "zbv"}, {"remat.mode": "full"}, {"train.micro_batch": 4}])
+def test_what_is_set_is_kept(fixed: dict[str, object]):
+    found = [one.config(space.config) for space in [space_of(4, fixed)] for one in space]
+    assert found
+    for config in found:
+        section, name = next(iter(fixed)).split(".")
+        assert getattr(getattr(config, section), name) == next(iter(fixed.values()))
+
+
+def test_a_step_has_the_tokens_of_the_recipes_own_layout():
+    config = find("demo", {"parallel.auto": True})[0]
+    assert planned(config, 4, {}).train.global_tokens == 4 * config.train.micro_batch * config.data.seq_len
+    asked = find("demo", {"parallel.auto": True, "parallel.microbatches": 3})[0]
+    assert planned(asked, 4, {"parallel.microbatches": 3}) == asked
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_activations_in_flight_are_counted_as_schedules_have_them(schedule: str):
+    for ranks in (2, 4):
+        for chunks in [SCHEDULES[schedule].stages_a_rank] if SCHEDULES[schedule].stages_a_rank else [2, 3]:
+            for number in (2 * ranks, 3 * ranks):
+                listed = most_in_flight(build_schedule(schedule, Plan(ranks, number, chunks)))
+                one = Candidate(
+                    degrees=Degrees(pp=ranks),
+                    micro_batch=1,
+                    micro_batches=number,
+                    schedule=schedule,
+                    stages_a_rank=chunks if chunks > 1 else 0,
+                )
+                assert [in_flight(one, rank) for rank in range(ranks)] == listed
+
+
+# With half of the memory, half of the candidates do not fit, and pruning has to go by memory too.
+@pytest.mark.parametrize("part", [1.0, 0.5])
+def test_pruning_never_loses_the_best(part: float):
+    space = space_of(4, {"parallel.cp": 1}, {**SMALL, "model.width": 256, "model.mlp_width": 512})
+    roomy = search_of(space)
+    estimates = [roomy.estimate(one) for one in space]
+    memory = sorted(one.reserved for one in estimates)[int(part * len(estimates)) - 1]
+    everything = sorted((one for one in estimates if one.reserved <= memory), key=lambda one: (one.step_s, one.reserved))
+    search = search_of(space, memory / 2**30 * (1 + 1e-9), keep=8)
+    found = search.run()
+    assert [one.step_s for one in found.options[:8]] == pytest.approx([one.step_s for one in distinct(everything)[:8]])
+    assert found.complete
+    assert len(search.simulated) < len(estimates) / 2, "and most are never simulated"
+
+
+def test_no_bound_is_above_what_it_bounds():
+    space = space_of(4, {})
+    search = search_of(space)
+    for family in space.families():
+        least = search.costs.least_s(family)
+        assert least <= search.costs.bound_s(family) * (1 + 1e-9)
+    for one in list(space)[::7]:
+        assert search.costs.bound_s(one) <= search.estimate(one).step_s * (1 + 1e-9)
+
+
+def test_every_option_is_one_that_training_accepts():
+    space = space_of(8, {})
+    found = search_of(space).run()
+    assert len(found.options) == 12
+    for one in [*found.options, *found.pareto]:
+        check(one.config, 8)
+        assert one.fits
+
+
+def test_of_a_pareto_list_none_is_both_slower_and_larger():
+    found = search_of(space_of(4, {}, {**SMALL, "model.width": 256}), 0.02).run()
+    listed = found.pareto
+    assert listed[0] == found.options[0]
+    assert len(listed) > 1
+    assert all(a.tokens_per_s >= b.tokens_per_s and a.reserved > b.reserved for a, b in pairwise(listed))
+    assert pareto(listed) == listed
+
+
+def test_the_best_options_are_traced_in_processes_of_their_own():
+    found = search_of(space_of(2, {"parallel.pp": 1, "remat.mode": "none"}), traced=2, keep=4).run()
+    assert found.traced == 2
+    assert sum(one.source == "traced" for one in found.options) == 2
+    one = next(one for one in found.options if one.source == "traced")
+    assert one.prediction is not None
+    assert one.reserved == one.prediction.reserved
+
+
+def test_what_fits_nowhere_lacks_what_a_trace_says(apart: Callable[..., Any]):
+    space = space_of(2, {"remat.mode": "none", "train.micro_batch": 8, "parallel.pp": 1, "parallel.cp": 1, "parallel.tp": 1})
+
+    def said() -> tuple[float, float, list[tuple[dict[str, Any], int]]]:
+        search = search_of(space, 0.02, traced=1)
+        assert not search.run().options
+        lacking = find_lacking(search)
+        again = traced(lacking.option, search.cluster, 2)
+        assert again.prediction is not None
+        return lacking.bytes, again.prediction.reserved - 0.02 * 2**30, [(dict(c.settings), c.devices) for c in lacking.changes]
+
+    lacks, wanted, changes = apart(said)
+    assert lacks == pytest.approx(wanted, rel=1e-6)
+    assert lacks > 0
+    assert any("train.micro_batch" in settings for settings, _ in changes)
+
+
+def test_nothing_to_choose_from_is_refused_with_what_was_set():
+    with pytest.raises(ConfigError, match=r"parallel\.tp.*leave a setting out"):
+        search_of(space_of(4, {"parallel.tp": 3})).run()
+
+
+@pytest.mark.full
+def test_the_choice_is_the_best_of_all_traces(apart: Callable[..., Any]):
+    fixed = {"parallel.pp": 1, "parallel.cp": 1, "parallel.reshard": "auto", "train.micro_batch": 2}
+    space = space_of(2, fixed, {**SMALL, "model.width": 1024, "model.mlp_width": 4096, "data.seq_len": 512, "train.global_tokens": 8192})
+
+    def times() -> tuple[float, list[float]]:
+        search = search_of(space, traced=4)
+        chosen = search.run().options[0]
+        all_of_them: list[Option] = [traced(search.estimate(one), search.cluster, 2) for one in space]
+        return chosen.step_s, [one.step_s for one in all_of_them]
+
+    chosen_s, every_s = apart(times)
+    assert len(every_s) > 4
+    assert chosen_s == pytest.approx(min(every_s))
