@@ -58,18 +58,16 @@ class Pieces:
         ends = [*(phase.operator for phase in phases[1:]), len(trace.operators)]
         found: dict[tuple[str, int], list[Operator]] = {}
         for phase, end in zip(phases, ends, strict=True):
-            start = max(phase.operator, first)
-            if start >= min(end, tail):
-                continue
-            operators, _ = merged(trace.operators[start : min(end, tail)], min(end, tail), last_use)
-            found.setdefault((phase.kind, phase.block), []).extend(operators)
+            if first <= phase.operator < tail:
+                operators, _ = merged(trace.operators[phase.operator : min(end, tail)], min(end, tail), last_use)
+                found.setdefault((phase.kind, phase.block), []).extend(operators)
         before_blocks = next(phase.operator for phase in phases if phase.operator >= first and phase.kind == "forward")
         return Pieces(
             embed=trace.operators[first:before_blocks],
             forward=found["forward", BLOCKS - 1],
             head=found["between", -1],
             backward=found["backward", BLOCKS - 1],
-            embed_backward=[one for one in found["after", -1] if one not in trace.operators[first:before_blocks]],
+            embed_backward=found["after", -1],
             update=[*trace.operators[: batches[0]], *trace.operators[tail:]],
             parameters=parameters,
         )

@@ -168,7 +168,7 @@ def titan(table: Mapping[str, Any]) -> Iterator[Published]:
             ),
             step_s=rows * seq_len / row["tps"],
             reserved_gib=row["reserved_gib"],
-            problem="float8 products are not built" if row["fp8"] else "",
+            problem="float8 runs are not predicted" if row["fp8"] else "",
         )
 
 

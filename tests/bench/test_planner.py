@@ -144,7 +144,7 @@ def test_a_record_has_signed_percents_and_a_summary_their_mean_and_worst():
 
 def test_rows_that_cannot_be_predicted_say_why():
     [row, *_] = [row for row in ROWS if row.problem]
-    with pytest.raises(ConfigError, match="float8 products are not built"):
+    with pytest.raises(ConfigError, match="float8 runs are not predicted"):
         trace(row, {})
 
 

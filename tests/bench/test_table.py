@@ -83,7 +83,8 @@ def test_marked_tables_of_a_page_are_made_again(tmp_path: Path):
     assert refreshed(made, tmp_path) == made
 
 
-def test_the_tables_of_the_performance_page_are_those_of_their_results():
-    page = (ROOT / "docs/performance.md").read_text()
+@pytest.mark.parametrize("name", ["performance", "planner-accuracy"])
+def test_the_tables_of_a_page_are_those_of_their_results(name: str):
+    page = (ROOT / f"docs/{name}.md").read_text()
     assert "\n<!-- table: " in page
-    assert refreshed(page, ROOT / "bench/results") == page, "run: paraxis bench table --into docs/performance.md"
+    assert refreshed(page, ROOT / "bench/results") == page, f"run: paraxis bench table --into docs/{name}.md"
