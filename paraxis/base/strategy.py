@@ -28,7 +28,7 @@ class ParallelConfig:
         int, "micro-batches of a step; 0: as many as train.global_tokens asks for, and where that is 0 too, one (with pp: 2 x pp)"
     ] = 0
     stages_a_rank: Annotated[int, "pipeline stages of each rank; 0: 2 for interleaved, bfs, zbv and dualpipev, 1 for the others"] = 0
-    cuts: Annotated[tuple[int, ...], "layers of each pipeline stage, in order; empty: cut by cost, embedding and head counted"] = ()
+    cuts: Annotated[tuple[int, ...], "layers of each pipeline stage, in order; empty: cut by cost, the head counted"] = ()
     cp_kind: Annotated[
         ContextKind,
         "how attention crosses cp: ring, ulysses (all-to-all over heads), usp (both), allgather; auto: ulysses where heads divide",
