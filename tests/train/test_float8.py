@@ -18,7 +18,7 @@ from paraxis.base.dtypes import PRECISIONS, Float8Config, float8_recipe, scoring
 from paraxis.base.errors import ConfigError
 from paraxis.base.strategy import RematConfig
 from paraxis.models.llama import LlamaConfig
-from paraxis.ops.lowp import Operand, dequantise
+from paraxis.ops.lowp import CPU_SCALES_ROWS, Operand, dequantise
 from paraxis.ops.lowp_weight import Float8Weight
 from paraxis.optim.config import OptimConfig
 from paraxis.parallel.lowp import convert_linears
@@ -144,9 +144,10 @@ def watched_step(config: RunConfig) -> tuple[Seen, set[torch.dtype]]:
 
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+BY_ROWS = pytest.mark.skipif(not CPU_SCALES_ROWS, reason="this torch's CPU kernel has no scales for rows; the reference multiplies")
 
 
-@pytest.mark.parametrize(("precision", "gradient"), [("float8_tensorwise", E5M2), ("float8_rowwise", E4M3)])
+@pytest.mark.parametrize(("precision", "gradient"), [("float8_tensorwise", E5M2), pytest.param("float8_rowwise", E4M3, marks=BY_ROWS)])
 @pytest.mark.parametrize("layout", ["", "tp2"])
 def test_every_linear_layer_of_the_blocks_multiplies_in_float8_and_masters_stay_in_fp32(precision, gradient, layout, world: World):
     config = tiny(layout, precision)
