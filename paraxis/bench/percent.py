@@ -12,11 +12,11 @@ def percent(said: float | None, measured: float | None) -> float | None:
 
 def summaries(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """For each set of records and each key that ends in _percent: the mean of what it is off by without sign, with its sign, and the
-    worst."""
+    worst. The rows that are counted are those of which something was predicted."""
     keys = [key for key in records[0] if key.endswith("_percent")] if records else []
     for name in dict.fromkeys(record["set"] for record in records):
         off = {key: [record[key] for record in records if record["set"] == name and record[key] is not None] for key in keys}
-        number = sum(record["set"] == name for record in records)
+        number = sum(record["set"] == name and any(record[key] is not None for key in keys) for record in records)
         for what, of in (("mean", _mean_size), ("mean with sign", fmean), ("worst", _largest)):
             yield {"set": name, "row": f"{what} of {number}", **{key: round(of(all), 2) if all else None for key, all in off.items()}}
 

@@ -93,7 +93,7 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path):
 
 
 def test_the_command_predicts_a_file_s_runs_and_writes_the_table(tmp_path: Path):
-    path, out = write(tmp_path, {**ROW, "options": "--compile=none"}), tmp_path / "out.json"
+    path, out = write(tmp_path, {**ROW, "options": "--compile=none --layout=fsdp2 --train.micro_batch=32"}), tmp_path / "out.json"
     assert main(["bench", "planner", "--measured", str(path), "--cluster", "two_h200", "--out", str(out)]) == 0
     row = json.loads(out.read_text())["rows"][0]
     assert 0 < row["predicted_allocated_gib"] <= row["predicted_reserved_gib"] < 4
@@ -112,5 +112,5 @@ def test_the_command_predicts_a_file_s_runs_and_writes_the_table(tmp_path: Path)
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words: list[str], refusal: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["bench", "planner", *words]) == 2
+    assert main(["bench", "planner", *words]) == ConfigError.exit_code
     assert refusal in capsys.readouterr().err

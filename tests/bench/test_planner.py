@@ -138,7 +138,7 @@ def test_a_record_has_signed_percents_and_a_summary_their_mean_and_worst():
     assert [row["planner_percent"] for row in rows] == [10.0, -50.0, None]
     assert (rows[0]["amp_percent"], rows[0]["memory_percent"], rows[2]["problem"]) == (-20.0, -10.0, "cannot be had")
     mean, signed, worst = summaries(rows)
-    assert (mean["row"], mean["planner_percent"], mean["memory_percent"]) == ("mean of 3", 30.0, 10.0)
+    assert (mean["row"], mean["planner_percent"], mean["memory_percent"]) == ("mean of 2", 30.0, 10.0)
     assert (signed["planner_percent"], worst["planner_percent"]) == (-20.0, -50.0)
 
 
