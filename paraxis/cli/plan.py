@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 OPTIONS = ("cluster", "gpus", "layout", "seconds", "picture", "trace")
 FLAGS = ("exact", "json", "debug", "help")
 SECONDS = 25  # that a search may take, so that it has ended within half a minute
+COUNTLESS = 100_000  # simulations: the seconds bound them
 NOTHING_FITS = 1
 
 HELP = f"""\
@@ -58,6 +59,8 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"plan takes one recipe, {given}")
     if "cluster" not in parsed.options:
         raise ConfigError("plan needs --cluster: a file that paraxis probe wrote, or a ready one such as --cluster dgx_h100")
+    if (name := parsed.options.get("picture")) and not name.endswith((".svg", ".html")):
+        raise ConfigError(f"--picture={name} is neither .html nor .svg; name one of these")
     stay_forkable()
     study = _study(parsed)
     _draw(parsed, study)
@@ -82,28 +85,23 @@ def _study(parsed: Arguments) -> "Study":
     if gpus := parsed.options.get("gpus"):
         cluster = cluster.with_devices(whole_number("gpus", gpus, 1))
     seconds = whole_number("seconds", parsed.options.get("seconds", str(SECONDS)), 1)
-    effort = Effort(seconds=max(1.0, seconds - (time.monotonic() - started_s)))
+    effort = Effort(simulated=COUNTLESS, seconds=max(1.0, seconds - (time.monotonic() - started_s)))
     question = Question(
         recipe=parsed.names[0], settings=parsed.settings, cluster=cluster, layout=parsed.options.get("layout", ""), all_devices=bool(gpus)
     )
-    return ask(question, effort, exact="exact" in parsed.flags)
+    return ask(question, effort, exact="exact" in parsed.flags, drawn=bool({"picture", "trace"} & parsed.options.keys()))
 
 
 def _draw(parsed: Arguments, study: "Study") -> None:
-    """The pictures that were asked for, of the best option. Raises ConfigError where it was not traced."""
-    if not {"picture", "trace"} & parsed.options.keys() or study.best is None:
+    """The pictures that were asked for, of the best option."""
+    if study.best is None or (prediction := study.best.prediction) is None:
         return
     from paraxis.plan.picture_page import picture_page
     from paraxis.plan.picture_svg import timeline_svg
     from paraxis.plan.picture_trace import trace_text
 
-    prediction = study.best.prediction
-    if prediction is None:
-        raise ConfigError("there was no time to trace the winner, so that there is no picture of it; raise --seconds, or give its --layout")
     title = f"{study.config.name}, {study.best.candidate.layout} on {study.cluster.name}"
     if name := parsed.options.get("picture"):
-        if not name.endswith((".svg", ".html")):
-            raise ConfigError(f"--picture={name} is neither .html nor .svg; name one of these")
         _write(name, timeline_svg(prediction) if name.endswith(".svg") else picture_page(prediction, title))
     if name := parsed.options.get("trace"):
         _write(name, trace_text(prediction))

@@ -56,16 +56,19 @@ class Study:
         return {path: value for path, value in self.given.items() if path not in AUTO} | chosen
 
 
-def ask(question: Question, effort: Effort, *, exact: bool = False) -> Study:
-    """Searches, or predicts the one layout. `exact` traces every block of the best. Raises ConfigError for what cannot be."""
+def ask(question: Question, effort: Effort, *, exact: bool = False, drawn: bool = False) -> Study:
+    """Searches, or predicts the one layout. `exact` traces every block of the best; `drawn` traces it even where the effort was spent.
+
+    Raises ConfigError for what cannot be.
+    """
     started_s = time.monotonic()
     if question.layout:
         study = _of_layout(question, exact)
     else:
         study = _searched(question, effort)
         best = study.best
-        if exact and best is not None:
-            whole = traced(best, study.cluster, study.ranks, exact=True)
+        if best is not None and (exact or (drawn and best.prediction is None)):
+            whole = traced(best, study.cluster, study.ranks, exact=exact)
             study = replace(study, found=replace(study.found, options=[whole, *study.found.options[1:]]))
     return replace(study, seconds=time.monotonic() - started_s)
 

@@ -14,6 +14,7 @@ from paraxis.plan.search import Option, Search, trace_all
 # What is changed first: what costs time alone, then how the work is cut.
 ORDER = ("remat.mode", "parallel.reshard", "train.micro_batch", "parallel.schedule", *(f"parallel.{axis}" for axis in DEGREES))
 MOST_DOUBLINGS = 8  # of the devices, looking for enough
+FASTEST = 200  # options among which the one that changes least is taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,16 @@ def _changes(search: Search, ratio: float) -> Iterator[Change]:
     for path in sorted(space.fixed, key=lambda path: ORDER.index(path) if path in ORDER else len(ORDER)):
         if path not in ORDER and not path.startswith("remat."):
             continue
+        if search.left_s() <= 0:
+            return
         left = {other: value for other, value in space.fixed.items() if other != path}
         if found := _fitting(replace(space, fixed=left), search.cluster, search, ratio):
             settings = found.candidate.settings(space.config)
             yield Change(settings={p: v for p, v in settings.items() if p == path} or settings, devices=0, option=found)
     for doubling in range(1, MOST_DOUBLINGS + 1):
         ranks = space.ranks << doubling
+        if search.left_s() <= 0:
+            return
         try:
             cluster = search.cluster.with_devices(ranks)
         except ConfigError:
@@ -86,12 +91,11 @@ def _fitting(space: Space, cluster: Cluster, search: Search, ratio: float) -> Op
     """The option of `space` that changes least of what fits by the corrected estimate, and by its trace where there is time for one."""
     other = Search(space, cluster, search.effort)
     costs = other.costs
-    fitting = [
-        one for family in space.families() for one in space.members(family) if sum(costs.memory(one).values()) * ratio <= costs.usable
-    ]
+    smallest = (one for family in space.families() for one in space.members(family)[:1])
+    fitting = sorted((one for one in smallest if sum(costs.memory(one).values()) * ratio <= costs.usable), key=costs.least_s)
     if not fitting:
         return None
-    option = other.estimate(min(fitting, key=lambda one: (_distance(one, space), costs.least_s(one))))
+    option = other.estimate(min(fitting[:FASTEST], key=lambda one: _distance(one, space)))
     told = next(iter(trace_all([option], cluster, space.ranks, search.left_s())), option)
     return told if told.fits or told.source == "simulated" else None
 

@@ -280,7 +280,8 @@ def trace_all(options: Sequence[Option], cluster: Cluster, ranks: int, seconds: 
 def _send(there: Connection, option: Option, cluster: Cluster, ranks: int) -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    there.send(traced(option, cluster, ranks))
+    with suppress(ConfigError):  # no way to run after all
+        there.send(traced(option, cluster, ranks))
     return 0
 
 

@@ -22,7 +22,7 @@ from paraxis.recipes.find import find
 from paraxis.train.check import check, on_meta
 from paraxis.train.config import RunConfig
 
-SMALL = {"model.layers": 4, "train.global_tokens": 16 * 64}
+SMALL: dict[str, object] = {"model.layers": 4, "train.global_tokens": 16 * 64}
 
 
 def config_of(settings: dict[str, object], recipe: str = "debug") -> RunConfig:
@@ -128,7 +128,8 @@ def test_a_step_has_the_tokens_of_the_recipes_own_layout():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_activations_in_flight_are_counted_as_schedules_have_them(schedule: str):
     for ranks in (2, 4):
-        for chunks in [SCHEDULES[schedule].stages_a_rank] if SCHEDULES[schedule].stages_a_rank else [2, 3]:
+        only = SCHEDULES[schedule].stages_a_rank
+        for chunks in [only] if only is not None else [2, 3]:
             for number in (2 * ranks, 3 * ranks):
                 listed = most_in_flight(build_schedule(schedule, Plan(ranks, number, chunks)))
                 one = Candidate(
@@ -146,10 +147,11 @@ def test_activations_in_flight_are_counted_as_schedules_have_them(schedule: str)
 def test_pruning_never_loses_the_best(part: float):
     space = space_of(4, {"parallel.cp": 1}, {**SMALL, "model.width": 256, "model.mlp_width": 512})
     roomy = search_of(space)
-    estimates = [roomy.estimate(one) for one in space]
-    memory = sorted(one.reserved for one in estimates)[int(part * len(estimates)) - 1]
-    everything = sorted((one for one in estimates if one.reserved <= memory), key=lambda one: (one.step_s, one.reserved))
-    search = search_of(space, memory / 2**30 * (1 + 1e-9), keep=8)
+    sizes = sorted(roomy.estimate(one).reserved for one in space)
+    memory = sizes[int(part * len(sizes)) - 1] + 1
+    search = search_of(space, memory / 2**30, keep=8)
+    estimates = [search.estimate(one) for one in space]
+    everything = sorted((one for one in estimates if one.fits), key=lambda one: (one.step_s, one.reserved))
     found = search.run()
     assert [one.step_s for one in found.options[:8]] == pytest.approx([one.step_s for one in distinct(everything)[:8]])
     assert found.complete
@@ -196,13 +198,15 @@ def test_the_best_options_are_traced_in_processes_of_their_own():
 def test_what_fits_nowhere_lacks_what_a_trace_says(apart: Callable[..., Any]):
     space = space_of(2, {"remat.mode": "none", "train.micro_batch": 8, "parallel.pp": 1, "parallel.cp": 1, "parallel.tp": 1})
 
+    gib = 0.8 * min(search_of(space).estimate(one).reserved for one in space) / 2**30
+
     def said() -> tuple[float, float, list[tuple[dict[str, Any], int]]]:
-        search = search_of(space, 0.02, traced=1)
+        search = search_of(space, gib, traced=1)
         assert not search.run().options
         lacking = find_lacking(search)
         again = traced(lacking.option, search.cluster, 2)
         assert again.prediction is not None
-        return lacking.bytes, again.prediction.reserved - 0.02 * 2**30, [(dict(c.settings), c.devices) for c in lacking.changes]
+        return lacking.bytes, again.prediction.reserved - int(gib * 2**30), [(dict(c.settings), c.devices) for c in lacking.changes]
 
     lacks, wanted, changes = apart(said)
     assert lacks == pytest.approx(wanted, rel=1e-6)
