@@ -199,9 +199,10 @@ def test_what_stops_between_two_micro_batches_continues_bitwise(number: signal.S
 def test_resumes_within_a_pass_at_its_end_and_in_the_next_are_bitwise_the_run_that_never_stopped(packing: str, tmp_path: Path):
     """A pass is four steps: stopped after one, two, four and five, and on another layout each time but the last two."""
     eos = tokenizer().eos_id
-    full = 15 if packing == "concatenate" else 16  # a document that fills a row, with its end and what comes before or after
-    documents = np.random.default_rng(0).integers(eos + 1, 300, (32, full)).tolist()
-    np.save(tmp_path / "ids.npy", np.array([*([eos] if packing == "concatenate" else []), *chain(*([*text, eos] for text in documents))]))
+    # Documents that fill a row, with their ends: of 17 tokens whole, or of 16 end to end and one that is predicted from the last.
+    lengths = [16] * 32 if packing == "best_fit" else [16, *[15] * 31]
+    dice = np.random.default_rng(0)
+    np.save(tmp_path / "ids.npy", np.array([*chain(*([*dice.integers(eos + 1, 300, length), eos] for length in lengths))]))
     data = ["--data.paths=ids.npy", f"--data.tokenizer={tokenizer_folder(tmp_path)}", "--data.seq_len=16", f"--data.packing={packing}"]
     same = [*data, *SMALL, QUIET, "--optim.schedule=constant", "--train.global_tokens=128", "--train.micro_batch=1", "--precision=fp64"]
     run = ["train", "debug", *same]

@@ -34,7 +34,7 @@ OF_THE_MOMENT = {"tokens_per_s", "mfu", "memory_gib", "step_s", "data_s"}  # wha
         (["--model.normalises=true", "--model.counts_rows=true", "--model.drops=0.3"], []),
         ([], ["--parallel.fsdp=2"]),
         ([], ["--parallel.pp=2"]),
-        pytest.param([], ["--parallel.pp=2", "--parallel.schedule=zbv"], marks=pytest.mark.full),
+        pytest.param(["--train.global_tokens=32"], ["--parallel.pp=2", "--parallel.schedule=zbv"], marks=pytest.mark.full),
     ],
 )
 def test_a_model_with_buffers_of_its_own_continues_bitwise_and_so_do_its_metrics(options: list[str], layout: list[str], tmp_path: Path):
