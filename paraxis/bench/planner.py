@@ -56,14 +56,13 @@ class OurRun:
     row: Published
     trace: Trace
     extra: int
-    more: Mapping[int, Trace]
     reserved: int | None
 
     def said(self, cluster: Cluster) -> Said:
         config, cluster = self.row.config, _large_enough(cluster, self.row.ranks)
         degrees = config.parallel.degrees.filling(self.row.ranks)
         place = Place(cluster, 0, range(self.row.ranks), degrees)
-        steps = Steps(self.trace, place, config.compile == "inductor", [self.extra], more=self.more)
+        steps = Steps(self.trace, place, config.compile == "inductor", [self.extra])
         return Said(step_s=_alone_s(self.row, degrees, steps), by_equation={}, reserved=self.reserved)
 
 
@@ -93,7 +92,7 @@ def trace(row: Published, known: dict[Shape, Pieces]) -> Traced:
         return MegatronRun(row, trace_pieces(row.config, known))
     found = sketch(row.config, row.ranks, 0, PretendedDevice("cpu", 0, row.cluster, 94 << 30))
     [extra] = [layers - few for layers, few in zip(found.layers, found.traced, strict=True)]
-    return OurRun(row, found.base, extra, found.more, found.peak().reserved)
+    return OurRun(row, found.base, extra, found.peak().reserved)
 
 
 def _alone_s(row: Published, degrees: Degrees, steps: Steps) -> float:

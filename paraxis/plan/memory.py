@@ -1,47 +1,43 @@
-"""The most memory that one rank holds during a training step, from traces of a few blocks.
+"""The most memory that one rank holds during a training step, from a trace of a few blocks and micro-batches.
 
-Blocks are alike, so at a given point of a step the bytes held are a linear function of how many blocks each of the rank's stages has.
-They are fitted point by point, for the first and last blocks of every pass, and put together to the step of the whole model; blocks
-between are linear in their place. Only then the maximum is taken: fitted itself, it would be wrong where it moves to another place.
+Blocks are alike, and so are micro-batches: what one adds to the bytes held, and how much more it holds meanwhile, is the same for every
+one like it. The step of the whole model is put together of such pieces, each beginning with what the one before has left. Only then the
+maximum is taken: taken of few blocks it would be wrong, as it moves to another place.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import nn
 
 from paraxis.base.axes import AXES, Degrees
-from paraxis.base.schedule import most_in_flight
+from paraxis.base.schedule import Action, Schedule, write_csv
 from paraxis.parallel.world import World
+from paraxis.plan.pieces import FEW, TYPICAL, Held, Part, Piece, cut, extended, stored
 from paraxis.plan.pretend import PretendedDevice
-from paraxis.plan.trace import CATEGORIES, Trace, trace_step
+from paraxis.plan.steady import StandIn, shortened, stand_ins
+from paraxis.plan.trace import CATEGORIES, ROUND, Trace, stage_output, trace_step
 from paraxis.train.choose import build_strategy
 from paraxis.train.config import RunConfig
 from paraxis.train.run import on_meta
-from paraxis.train.stages import Stages, build_order, build_stages
+from paraxis.train.stages import Stages, build_stages
 
-Held = NDArray[np.int64]  # bytes by category (columns, as CATEGORIES) after each event (rows)
-
-EDGE = 2  # the first and the second block of a pass, and likewise its last ones, are fitted by themselves
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What is held while a stage's blocks run one after another (forward or backward), or in one phase outside blocks."""
-
-    kind: str
-    stage: int
-    pieces: Sequence[Held]
+UNBALANCED = 0.002  # of what a step finds may be missing or left over when it is put together of pieces
+KEPT_TRACES = 64  # of the last predictions, for those that differ in what a trace does not depend on
 
 
 @dataclass(frozen=True)
 class Peak:
     """The most a rank holds, in bytes by category, and when: a phase's kind, and of a block's the stage and number on this rank.
 
-    `reserved` is what the caching allocator then has of the device; None where not every block was traced.
+    `reserved` is what the caching allocator then has of the device.
     """
 
     held: dict[str, int]
@@ -61,82 +57,203 @@ def exact_peak(config: RunConfig, ranks: int, rank: int, device: PretendedDevice
 
 
 def predict_peak(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Peak:
-    """As `exact_peak`, from steps of a few blocks where blocks are alike. Raises ConfigError for what cannot run."""
+    """As `exact_peak`, from a step of a few blocks and micro-batches. Raises ConfigError for what cannot run."""
     return sketch(config, ranks, rank, device).peak()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sketch:
-    """One rank's step, traced with few blocks: `base`, and `more[s]` with one block more in the rank's s-th stage.
+    """One rank's step: the trace `base` of a step with `traced` blocks in each of the rank's stages and a few micro-batches.
 
-    `layers` are those that the rank's stages really have, `traced` those in `base`; the first `leading` blocks are not like the others.
+    `layers` are those that the stages really have; the first `leading` blocks are not like the others. In a pipeline, the traced rank is
+    number `like` of `short`, and the rank meant is number `place` of `whole`; without, there are `batches` micro-batches.
     """
 
     base: Trace
-    more: Mapping[int, Trace]
     layers: Sequence[int]
     traced: Sequence[int]
     leading: int
+    batches: int = 1
+    message: int = 0
+    whole: Schedule | None = None
+    short: Schedule | None = None
+    place: int = 0
+    like: int = 0
 
-    def step(self) -> list[Pass]:
-        """What the whole model's step holds."""
-        return extended(passes(self.base), {stage: passes(trace) for stage, trace in self.more.items()}, self.layers, self.leading + EDGE)
+    def of(self, place: int, layers: Sequence[int]) -> "Sketch":
+        """Another rank of the pipeline, which does the same with other numbers of blocks."""
+        return replace(self, place=place, layers=layers)
+
+    @property
+    def extra(self) -> list[int]:
+        return [layers - few for layers, few in zip(self.layers, self.traced, strict=True)]
+
+    @property
+    def typical(self) -> int:
+        return self.leading + TYPICAL
+
+    @functools.cached_property
+    def pieces(self) -> dict[Part, list[Piece]]:
+        return cut(self.base, self.typical, [1 + more for more in self.extra])
+
+    @functools.cached_property
+    def stand_ins(self) -> dict[Action, StandIn]:
+        if self.whole is None or self.short is None:
+            return {}
+        return stand_ins(self.whole, self.place, self.short, self.like)
+
+    def parts(self) -> list[tuple[Part, Part]]:
+        """The parts of the whole step in order, each with the traced one that stands for it."""
+        if self.whole is None:
+            few = sum(isinstance(part, int) for part in self.pieces)
+            middle: list[tuple[Part, Part]] = [(n, stand_in(n, self.batches, few)) for n in range(self.batches)]
+        else:
+            middle = [(action, self.stand_ins[action].action) for action in self.whole.actions[self.place]]
+        return [("head", "head"), *middle, ("tail", "tail")]
+
+    @functools.cached_property
+    def step(self) -> "Step":
+        """What the whole step holds, piece by piece."""
+        parts = self.parts()
+        known = {like: list(extended(self.pieces.get(like, ()), self.typical, self.extra)) for like in {like for _, like in parts}}
+        message = np.array([self.message * (category == "communication") for category in CATEGORIES])
+        sent = np.array([self.message * (category == "activations") for category in CATEGORIES])
+        rows: list[tuple[Part, Piece, int]] = []
+        starts: list[Held] = []
+        level = stored(self.base, self.typical, self.extra)
+        for part, like in parts:
+            differs = self.stand_ins.get(part) if isinstance(part, Action) else None
+            if differs is not None and differs.room:
+                level = level + differs.room * message
+            for piece, block in known[like]:
+                rows.append((part, piece, block))
+                starts.append(level)
+                level = level + piece.change
+            if differs is not None and differs.lets_go:
+                level = level - differs.lets_go * sent
+        return Step(rows, np.array(starts), level)
 
     def peak(self) -> Peak:
-        """Where the step holds the most. What is reserved beyond that, in holes and page ends, is taken to be what it is in `base`."""
-        found = peak(self.step())
-        return replace(found, reserved=found.bytes + self.base.reserved - peak(passes(self.base)).bytes)
+        """Where the step holds the most. What is reserved beyond that, in holes and page ends, is taken to be what it is in the trace."""
+        found, traced = self.step.peak(), self.as_traced.step.peak()
+        return replace(found, reserved=found.bytes + self.base.reserved - traced.bytes)
+
+    @functools.cached_property
+    def as_traced(self) -> "Sketch":
+        """The traced step itself."""
+        few = sum(isinstance(part, int) for part in self.pieces)
+        return replace(self, layers=self.traced, batches=few, whole=self.short, place=self.like)
+
+
+def stand_in(batch: int, batches: int, traced: int) -> int:
+    """Which traced micro-batch stands for one of `batches`, without a pipeline: the first, the last, or one between."""
+    return traced - 1 if batch == batches - 1 else min(batch, max(0, traced - 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The whole step: each piece with its part and the number of its block, what is held when it starts, and what is left in the end."""
+
+    rows: Sequence[tuple[Part, Piece, int]]
+    starts: Held
+    left: Held
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the step leaves what it found, as every step does: else some pieces were put together that do not belong together."""
+        return bool(np.abs(self.left - self.starts[0]).sum() <= UNBALANCED * self.starts[0].sum())
+
+    def fullest(self) -> Held:
+        """What each piece holds at its fullest."""
+        return self.starts + np.array([piece.most for _, piece, _ in self.rows])
+
+    def peak(self) -> Peak:
+        held = self.fullest()
+        at = int(held.sum(1).argmax())
+        _, piece, block = self.rows[at]
+        in_block = piece.in_block
+        return Peak(dict(zip(CATEGORIES, held[at].tolist(), strict=True)), piece.kind, piece.stage, block if in_block else -1)
 
 
 def sketch(config: RunConfig, ranks: int, rank: int, device: PretendedDevice, *, exact: bool = False) -> Sketch:
-    """Traces rank `rank` of `ranks`; all of its blocks if `exact`, or where blocks differ. Raises ConfigError for what cannot run."""
+    """Traces rank `rank` of `ranks`; all of its blocks and micro-batches if `exact`. Raises ConfigError for what cannot run."""
     degrees = config.parallel.degrees.filling(ranks)
-    whole = on_meta(config)
+    whole = whole_model(config)
     stages = build_stages(config, degrees, whole)
     at = coordinates(rank, degrees)
     settled = settle(config, World(rank, ranks, 0, device, dist.HashStore()), at, stages, whole)
-    settled = with_fewer_micro_batches(settled, degrees, stages)
     layers = [len(own) for own in stages.layers] if stages else [len(whole.blocks())]  # type: ignore[arg-type,operator]
     own = [n for n, holder in enumerate(stages.schedule.rank_of) if holder == at["pp"]] if stages else [0]
     held = [layers[stage] for stage in own]
     leading = different_at_first(whole)
     mixed = config.remat.every > 1 or config.remat.mode in ("budget", "auto")  # blocks do not all keep the same
-    if exact or mixed or leading is None or (leading and stages):
-        counts = layers if stages else None
-        return Sketch(trace_step(with_layers(settled, counts) if counts else settled, ranks, rank, device), {}, held, held, leading or 0)
-    assert leading is not None
-    few = leading + 2 * EDGE - 1
-    small = [min(count, few) if stage in own else 1 for stage, count in enumerate(layers)]
+    small = layers
+    if not (exact or mixed or leading is None or (leading and stages)):
+        small = [min(count, leading + FEW) if stage in own else 1 for stage, count in enumerate(layers)]
+    batches = config.rows_per_step(degrees) // (degrees.data_ranks * config.train.micro_batch)
+    message = _message(config, degrees) if stages else 0
+    few = shortened(stages.schedule, [at["pp"]]) if stages and not exact else None
+    for counts, short in dict.fromkeys([(tuple(small), few), (tuple(small), None), (tuple(layers), None)]):
+        schedule = short or (stages.schedule if stages else None)
+        number = schedule.micro_batches if schedule else batches if exact else min(batches, 3)
+        reduced = with_layers(settled, counts) if stages or counts != tuple(layers) else settled
+        base = _traced(with_micro_batches(reduced, number), schedule, ranks, rank, device)
+        found = Sketch(
+            base=base,
+            layers=held,
+            traced=[counts[stage] for stage in own],
+            leading=leading or 0,
+            batches=batches,
+            message=message,
+            whole=stages.schedule if stages else None,
+            short=schedule,
+            place=at["pp"],
+            like=at["pp"],
+        )
+        if found.step.balanced:
+            break
+    return found
 
-    def traced(counts: Sequence[int]) -> Trace:
-        return trace_step(with_layers(settled, counts), ranks, rank, device)
 
-    base, more = traced(small), {}
-    for place, stage in enumerate(own):
-        if layers[stage] > small[stage]:
-            more[place] = traced([count + (number == stage) for number, count in enumerate(small)])
-    return Sketch(base, more, held, [small[stage] for stage in own], leading)
+def _message(config: RunConfig, degrees: Degrees) -> int:
+    """Bytes that hold what one stage hands to the next."""
+    shape, dtype = stage_output(config, degrees)
+    return -(-math.prod(shape) * dtype.itemsize // ROUND) * ROUND
 
 
-def with_fewer_micro_batches(config: RunConfig, degrees: Degrees, stages: Stages | None) -> RunConfig:
-    """The same run with as few micro-batches as show what every one of them meets: a first, a last and one between; in a pipeline, enough
-    that each rank keeps as many at once as in the whole step."""
-    rows = config.rows_per_step(degrees) // (degrees.data_ranks * config.train.micro_batch)
+def with_micro_batches(config: RunConfig, number: int) -> RunConfig:
+    """The same run with so many micro-batches a step."""
+    return replace(config, train=replace(config.train, global_tokens=0), parallel=replace(config.parallel, microbatches=number))
 
-    def with_number(number: int) -> RunConfig:
-        parallel = replace(config.parallel, microbatches=number)
-        return replace(config, train=replace(config.train, global_tokens=0), parallel=parallel)
 
-    if stages is None:
-        return with_number(min(rows, 3))
-    if config.parallel.schedule.endswith(".csv"):
-        return config
-    wanted = most_in_flight(stages.schedule)
-    for number in range(2 * degrees.pp, rows, degrees.pp):
-        fewer = with_number(number)
-        if most_in_flight(build_order(fewer, degrees)) == wanted:
-            return fewer
-    return config
+_TRACES: dict[object, Trace] = {}
+
+
+def _traced(config: RunConfig, schedule: Schedule | None, ranks: int, rank: int, device: PretendedDevice) -> Trace:
+    """The trace of a step, of a pipeline of one that does what `schedule` says; the last ones are remembered."""
+    named = config if schedule is None else replace(config, parallel=replace(config.parallel, schedule="auto"))
+    key = replace(named, name=""), schedule and (schedule.rank_of, schedule.actions), ranks, rank, device
+    if (found := _TRACES.pop(key, None)) is None:
+        with tempfile.TemporaryDirectory() as folder:
+            if schedule is not None:
+                path = Path(folder) / "schedule.csv"
+                write_csv(schedule, path)
+                config = replace(config, parallel=replace(config.parallel, schedule=str(path)))
+            found = trace_step(config, ranks, rank, device)
+    _TRACES[key] = found
+    if len(_TRACES) > KEPT_TRACES:
+        del _TRACES[next(iter(_TRACES))]
+    return found
+
+
+def whole_model(config: RunConfig) -> nn.Module:
+    """The whole model on the meta device, to be looked at only: the last ones are remembered."""
+    return _built(config.model)
+
+
+@functools.lru_cache(maxsize=4)
+def _built(model: Any) -> nn.Module:
+    return on_meta(RunConfig(model=model))
 
 
 def coordinates(rank: int, degrees: Degrees) -> dict[str, int]:
@@ -163,77 +280,3 @@ def with_layers(config: RunConfig, counts: Sequence[int]) -> RunConfig:
     """The same run with so many layers in each stage."""
     model = replace(config.model, layers=sum(counts))
     return replace(config, model=model, parallel=replace(config.parallel, cuts=tuple(counts) if len(counts) > 1 else ()))
-
-
-def passes(trace: Trace) -> list[Pass]:
-    """What a traced step holds, cut at its phases, the blocks of each pass together."""
-    columns = {category: number for number, category in enumerate(CATEGORIES)}
-    changes = np.zeros((len(trace.events) + 1, len(CATEGORIES)), dtype=np.int64)
-    for number, held in trace.before.items():
-        changes[0, columns[trace.category[number]]] += held
-    for event, (number, change) in enumerate(trace.events):
-        changes[event + 1, columns[trace.category[number]]] = change
-    held = changes.cumsum(0)
-    found: list[Pass] = []
-    after = -2
-    for phase, end in zip(trace.phases, [*(p.start for p in trace.phases[1:]), len(trace.events)], strict=True):
-        piece = held[phase.start : end + 1]  # what it finds, and after each of its events
-        if phase.block >= 0 and found and (found[-1].kind, found[-1].stage) == (phase.kind, phase.stage) and abs(phase.block - after) == 1:
-            found[-1] = replace(found[-1], pieces=[*found[-1].pieces, piece])
-        else:
-            found.append(Pass(phase.kind, phase.stage, [piece]))
-        after = phase.block
-    return found
-
-
-def extended(base: Sequence[Pass], more: dict[int, Sequence[Pass]], layers: Sequence[int], edge: int) -> list[Pass]:
-    """The passes of a step with `layers` blocks in each of the rank's stages. `more[s]` are those of a step with one block more in
-    stage s than `base`; a stage that is not there has all its blocks in `base`.
-    """
-    assert all(len(others) == len(base) for others in more.values()), "a step has the same passes whatever the number of blocks"
-    lengths = {p.stage: len(p.pieces) for p in base if p.kind == "forward"}
-    missing = {stage: layers[stage] - lengths[stage] for stage in more}
-    return [_extended(number, one, more, missing, edge) for number, one in enumerate(base)]
-
-
-def _extended(number: int, one: Pass, more: dict[int, Sequence[Pass]], missing: dict[int, int], edge: int) -> Pass:
-    def fitted(place: int) -> Held:
-        """The piece so far from the beginning, or (negative) from the end."""
-        return _fit(one.pieces[place], [(missing[stage], others[number].pieces[place]) for stage, others in more.items()])
-
-    few = len(one.pieces)
-    if one.kind not in ("forward", "backward") or one.stage not in more:
-        return replace(one, pieces=[fitted(place) for place in range(few)])
-    at_first = edge if one.kind == "forward" else EDGE
-    at_last = EDGE if one.kind == "forward" else edge
-    first, last = [fitted(n) for n in range(at_first)], [fitted(n) for n in range(-at_last, 0)]
-    between = few + missing[one.stage] - at_first - at_last
-    steps = [_between(first[-1], last[0], (n + 1) / (between + 1)) for n in range(between)]
-    return replace(one, pieces=[*first, *steps, *last])
-
-
-def _fit(piece: Held, others: Sequence[tuple[int, Held]]) -> Held:
-    """`piece` with the difference of each other one added so many times; event by event, or at the most where events differ."""
-    if any(other.shape != piece.shape for _, other in others):
-        piece, others = _most(piece), [(times, _most(other)) for times, other in others]
-    return piece + sum((times * (other - piece) for times, other in others), np.zeros_like(piece))
-
-
-def _between(first: Held, last: Held, part: float) -> Held:
-    if first.shape != last.shape:
-        first, last = _most(first), _most(last)
-    return (first + part * (last - first)).astype(np.int64)
-
-
-def _most(piece: Held) -> Held:
-    return piece[[piece.sum(1).argmax()]]
-
-
-def peak(step: Sequence[Pass]) -> Peak:
-    """Where the step holds the most."""
-    everything = [(int(piece.sum(1).max()), one, place) for one in step for place, piece in enumerate(one.pieces)]
-    _, one, place = max(everything, key=lambda found: found[0])
-    held: dict[str, int] = dict(zip(CATEGORIES, _most(one.pieces[place])[0].tolist(), strict=True))
-    in_blocks = one.kind in ("forward", "backward")
-    block = (place if one.kind == "forward" else len(one.pieces) - 1 - place) if in_blocks else -1
-    return Peak(held, one.kind, one.stage, block)

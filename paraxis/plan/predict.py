@@ -1,28 +1,27 @@
 """What a run will take: the time of a step and the memory of its fullest rank, for one given configuration on one cluster.
 
-Ranks that do the same are traced once: of each kind of pipeline rank (its stages' layers, the first, the last) the one that keeps the
-most micro-batches at once. What a kind of rank takes for an action, every rank of that kind takes.
+Ranks that do the same are traced once, with few blocks and micro-batches: of each kind of pipeline rank (whether it has the model's first
+stage or its last) one. The others' steps are put together of the same pieces.
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
 from paraxis.base.axes import Degrees
 from paraxis.base.errors import ConfigError
-from paraxis.base.schedule import Action, Schedule, most_in_flight
+from paraxis.base.schedule import Action, Schedule
 from paraxis.plan.hardware import Cluster
-from paraxis.plan.memory import Peak, Sketch, sketch
+from paraxis.plan.memory import Peak, Sketch, Step, sketch, whole_model
+from paraxis.plan.pieces import FEW, Part
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.simulate import Item, Played, Player, Span, finished, play_pipeline
-from paraxis.plan.timing import Place, Steps
+from paraxis.plan.steady import circumstances
+from paraxis.plan.timing import Place, Steps, total_s
 from paraxis.plan.trace import CATEGORIES, stage_output
 from paraxis.train.config import RunConfig
-from paraxis.train.run import on_meta
 from paraxis.train.stages import Stages, build_stages
 
 CURVE = 2000  # points of a prediction's memory over time
@@ -77,18 +76,27 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
     if len(placement) != ranks or ranks > cluster.ranks:
         raise ConfigError(f"{ranks} ranks on {len(placement)} devices of {cluster.name}, which has {cluster.ranks}; give it more (--gpus)")
     degrees = config.parallel.degrees.filling(ranks)
-    stages = build_stages(config, degrees, on_meta(config))
+    stages = build_stages(config, degrees, whole_model(config))
     first = [pipeline_rank * ranks // degrees.pp for pipeline_rank in range(degrees.pp)]
     places = [Place(cluster, rank, placement, degrees) for rank in first]
-    sketches: dict[int, Sketch] = {}
-    for pipeline_rank in _representatives(stages):
-        on = places[pipeline_rank].accelerator
-        device = PretendedDevice("cpu", 0, on.name, on.memory_bytes)
-        sketches[pipeline_rank] = sketch(config, ranks, first[pipeline_rank], device, exact=exact)
-    steps = {number: _steps(one, places[number], config) for number, one in sketches.items()}
-    played = _piped(config, degrees, stages, steps, places) if stages else _alone(config, degrees, steps[0], places[0])
-    peaks = {number: one.peak() for number, one in sketches.items()}
-    fullest = max(peaks, key=lambda number: (peaks[number].reserved or 0) - places[number].accelerator.usable_bytes)
+    traced: dict[object, tuple[Sketch, Steps]] = {}
+    sketches: list[Sketch] = []
+    steps: list[Steps] = []
+    for number, place in enumerate(places):
+        device = PretendedDevice("cpu", 0, place.accelerator.name, place.accelerator.memory_bytes)
+        kind = (_kind(stages, number) if stages else None), device
+        if kind not in traced:
+            found = sketch(config, ranks, first[number], device, exact=exact)
+            compiled = config.compile not in ("none", "aot_eager")
+            traced[kind] = found, Steps(found.base, place, compiled, found.extra, found.leading)
+        one, own = traced[kind]
+        if stages:
+            one = one.of(number, [len(stages.layers[stage]) for stage in _own(stages, number)])
+        sketches.append(one)
+        steps.append(own.of(place, one.extra))
+    played = _piped(config, degrees, stages.schedule, sketches, steps) if stages else _alone(sketches[0], steps[0])
+    peaks = [one.peak() for one in sketches]
+    fullest = max(range(degrees.pp), key=lambda number: (peaks[number].reserved or 0) - places[number].accelerator.usable_bytes)
     tokens = config.rows_per_step(degrees) * config.data.seq_len
     rate = tokens / played.step_s / ranks
     count = getattr(config.model, "flops_per_token", None)
@@ -102,75 +110,69 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
         peak=peaks[fullest],
         usable=places[fullest].accelerator.usable_bytes,
         timeline=played.spans,
-        memory=_curve(sketches[fullest], played.step_s),
+        memory=_curve(sketches[fullest].step, steps[fullest], [span for span in played.spans if span.rank == fullest]),
     )
 
 
-def _curve(traced: Sketch, step_s: float) -> list[tuple[float, Mapping[str, int]]]:
-    """What the rank holds, each event as long as any other."""
-    held = np.concatenate([piece for one in traced.step() for piece in one.pieces])
+def _curve(step: Step, steps: Steps, spans: Sequence[Span]) -> list[tuple[float, Mapping[str, int]]]:
+    """What a rank holds over a step: for each piece as it starts and at its fullest. A piece has the share in its part's time that its
+    kernels and messages have in those of the part."""
+    names = {"head": "start", "tail": "optimizer"}
+    during = {span.name: span for span in spans if span.lane == "compute"}
+    lasts = [total_s(steps.priced(piece)) for _, piece, _ in step.rows]
+    whole: dict[Part, float] = {}
+    for (part, _, _), seconds in zip(step.rows, lasts, strict=True):
+        whole[part] = whole.get(part, 0.0) + seconds
+    fullest, times, at_s, gone, before = step.fullest(), [], 0.0, 0.0, None
+    for (part, _, _), seconds in zip(step.rows, lasts, strict=True):
+        if part != before:
+            before, gone = part, 0.0
+            name = f"micro-batch {part}" if isinstance(part, int) else names.get(str(part), str(part))
+            span = during.get(name)
+            start_s, length_s = (span.start_s, span.end_s - span.start_s) if span else (at_s, 0.0)
+        times += [start_s + length_s * (gone / whole[part] if whole[part] else 0.0)]
+        gone += seconds
+        at_s = start_s + length_s * (gone / whole[part] if whole[part] else 0.0)
+        times += [(times[-1] + at_s) / 2]
+    held = np.stack([step.starts, fullest], 1).reshape(-1, fullest.shape[1])
     kept = np.unique(np.append(np.linspace(0, len(held) - 1, min(CURVE - 1, len(held))).astype(int), held.sum(1).argmax()))
-    return [(step_s * n / len(held), dict(zip(CATEGORIES, held[n].tolist(), strict=True))) for n in kept.tolist()]
-
-
-def _steps(traced: Sketch, place: Place, config: RunConfig) -> Steps:
-    extra = [layers - few for layers, few in zip(traced.layers, traced.traced, strict=True)]
-    return Steps(traced.base, place, config.compile not in ("none", "aot_eager"), extra, traced.leading, traced.more)
-
-
-def _kind(stages: Stages, stage: int) -> tuple[int, bool, bool]:
-    """What the time of a stage depends on."""
-    return len(stages.layers[stage]), stage == 0, stage == stages.schedule.stages - 1
-
-
-def _kinds(stages: Stages, pipeline_rank: int) -> tuple[tuple[int, bool, bool], ...]:
-    return tuple(_kind(stages, stage) for stage in _own(stages, pipeline_rank))
+    return [(times[n], dict(zip(CATEGORIES, held[n].tolist(), strict=True))) for n in kept.tolist()]
 
 
 def _own(stages: Stages, pipeline_rank: int) -> list[int]:
     return [stage for stage, holder in enumerate(stages.schedule.rank_of) if holder == pipeline_rank]
 
 
-def _representatives(stages: Stages | None) -> list[int]:
-    """Of each kind of pipeline rank the one that keeps the most activations."""
-    if stages is None:
-        return [0]
-    kept = most_in_flight(stages.schedule)
-    best: dict[tuple[tuple[int, bool, bool], ...], int] = {}
-    for pipeline_rank in range(stages.schedule.ranks):
-        kind = _kinds(stages, pipeline_rank)
-        if kind not in best or kept[pipeline_rank] > kept[best[kind]]:
-            best[kind] = pipeline_rank
-    return list(best.values())
+def _kind(stages: Stages, pipeline_rank: int) -> object:
+    """What a trace of a rank depends on, of its stages (which of them are the model's ends, and how many blocks, where they are few) and
+    of the circumstances that it meets."""
+    own = _own(stages, pipeline_rank)
+    met = {found.key for found in circumstances(stages.schedule, pipeline_rank).values()}
+    return tuple((stage == 0, stage == stages.schedule.stages - 1, min(len(stages.layers[stage]), FEW)) for stage in own), frozenset(met)
 
 
-def _alone(config: RunConfig, degrees: Degrees, steps: Steps, place: Place) -> Played:
+def _alone(traced: Sketch, steps: Steps) -> Played:
     """A step without a pipeline: every rank does the same."""
-    number = config.rows_per_step(degrees) // (degrees.data_ranks * config.train.micro_batch)
-    player = Player(0, place.accelerator.overlap)
+    player = Player(0, steps.place.accelerator.overlap)
     player.play(steps.head(), "start")
-    batches = steps.batches()
-    for batch in range(number):
-        traced = batch if batch < len(batches) - 1 else len(batches) - 1 if batch == number - 1 else len(batches) // 2
-        player.play(batches[traced], f"micro-batch {batch}")
+    items = {like: steps.part(like) for part, like in traced.parts() if isinstance(part, int)}
+    for part, like in traced.parts():
+        if isinstance(part, int):
+            player.play(items[like], f"micro-batch {part}")
     return finished([player], [steps.tail()])
 
 
-def _piped(config: RunConfig, degrees: Degrees, stages: Stages, steps: Mapping[int, Steps], places: Sequence[Place]) -> Played:
-    schedule = stages.schedule
-    by_kind: dict[tuple[str, int, int], list[list[Item]]] = {}
-    for pipeline_rank, traced in steps.items():
-        for action, own in traced.actions().items():
-            by_kind.setdefault((action.kind, pipeline_rank, action.stage), []).append(own)
-    holders = {_kind(stages, stage): (rank, stage) for rank in steps for stage in _own(stages, rank)}
-    turn, turns = _turns(schedule)
+def _piped(config: RunConfig, degrees: Degrees, schedule: Schedule, traced: Sequence[Sketch], steps: Sequence[Steps]) -> Played:
+    known: dict[tuple[int, Part], Sequence[Item]] = {}
 
     def items(action: Action) -> Sequence[Item]:
-        known = by_kind[(action.kind, *holders[_kind(stages, action.stage)])]
-        last = turn[action] == turns[action.kind, action.stage] - 1
-        return known[-1 if last else turn[action] if turn[action] < len(known) - 1 else len(known) // 2]
+        rank = schedule.rank_of[action.stage]
+        like = traced[rank].stand_ins[action].action
+        if (rank, like) not in known:
+            known[rank, like] = steps[rank].part(like)
+        return known[rank, like]
 
-    rank_like = {_kinds(stages, rank): rank for rank in steps}
+    places = [one.place for one in steps]
     shape, dtype = stage_output(config, degrees)
     players = play_pipeline(
         schedule,
@@ -179,14 +181,4 @@ def _piped(config: RunConfig, degrees: Degrees, stages: Stages, steps: Mapping[i
         link=lambda source, target: places[source].link([places[source].device, places[target].device]),
         overlap=[place.accelerator.overlap for place in places],
     )
-    return finished(players, [steps[rank_like[_kinds(stages, rank)]].tail() for rank in range(schedule.ranks)])
-
-
-def _turns(schedule: Schedule) -> tuple[dict[Action, int], Counter[tuple[str, int]]]:
-    """Which of its kind on its stage each action is, and how many there are."""
-    turn: dict[Action, int] = {}
-    turns: Counter[tuple[str, int]] = Counter()
-    for action in chain.from_iterable(schedule.actions):
-        turn[action] = turns[action.kind, action.stage]
-        turns[action.kind, action.stage] += 1
-    return turn, turns
+    return finished(players, [one.tail() for one in steps])

@@ -27,7 +27,7 @@ class Call:
 class Output:
     """One output: `argument` says which of the call's tensors it is, or (`view`) whose storage it has; without, it is new."""
 
-    shape: torch.Size = torch.Size()
+    shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     offset: int = 0
     dtype: torch.dtype = torch.float32

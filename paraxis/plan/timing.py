@@ -5,11 +5,10 @@ cluster's links. In compiled blocks, `fusion.py` says which operators are one ke
 Blocks are alike: one in the middle stands for those that were not traced.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 
@@ -18,14 +17,11 @@ from paraxis.base.schedule import Action
 from paraxis.plan.fusion import COMPILED, last_uses, merged
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.operators import Operator
+from paraxis.plan.pieces import TYPICAL, Part, Piece, cut, extended, weights_of
 from paraxis.plan.rates import Accelerator
 from paraxis.plan.simulate import Compute, Item, Start, Wait
-from paraxis.plan.trace import Phase, Trace
+from paraxis.plan.trace import Trace
 from paraxis.plan.watch import EVERYTHING
-
-# The block that stands for those that were not traced, counted from the first like it. Its backward asks, as theirs do, for what the
-# second block before it needs, which only this one has.
-TYPICAL = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Place:
         return self.placement[self.rank]
 
     @cached_property
-    def _alike(self) -> bool:
+    def alike(self) -> bool:
         """Whether all ranks have like devices and links."""
         return len(self.cluster.pools) == 1 and not self.cluster.matrix and self.placement == range(len(self.placement))
 
@@ -57,7 +53,7 @@ class Place:
 
     @cached_property
     def accelerator(self) -> Accelerator:
-        found = {self.cluster.accelerator_of(self.placement[rank]).name: rank for rank in ([self.rank] if self._alike else self._stage)}
+        found = {self.cluster.accelerator_of(self.placement[rank]).name: rank for rank in ([self.rank] if self.alike else self._stage)}
         return min((self.cluster.accelerator_of(self.placement[rank]) for rank in found.values()), key=_speed)
 
     def exchange(self, operator: Operator) -> tuple[float, str]:
@@ -74,7 +70,7 @@ class Place:
 
     def _groups(self, group: tuple[int, ...]) -> Iterable[Sequence[int]]:
         """The groups that do the same at the same time: `group` alone where all are alike."""
-        if self._alike or len(group) == len(self.placement):
+        if self.alike or len(group) == len(self.placement):
             return [group]
         shape = [getattr(self.degrees, axis) for axis in AXES]
         at = np.stack(np.unravel_index(np.array(group), shape))
@@ -88,7 +84,7 @@ class Place:
 
     def message_s(self, other: "Place", bytes: int) -> float:
         """A message from each of these ranks to its like at another place of the pipeline: the slowest."""
-        pairs = [(self.rank, other.rank)] if self._alike else zip(self._stage, other._stage, strict=True)
+        pairs = [(self.rank, other.rank)] if self.alike else zip(self._stage, other._stage, strict=True)
         return max(self.cluster.exchange_s("p2p", bytes, (self.placement[a], self.placement[b])) for a, b in pairs)
 
     def link(self, devices: Sequence[int]) -> str:
@@ -111,78 +107,65 @@ def kernel_s(operator: Operator, on: Accelerator) -> float:
     return on.moving_s(sum(bytes for _, bytes in (*operator.reads, *operator.writes)))
 
 
-@dataclass
+@dataclass(eq=False)
 class Steps:
-    """A traced step as items for the simulation. `extra[stage]` blocks of a stage were not traced; `leading` first ones differ. `more`
-    has steps with one block more in a stage, for what is not part of a block: the optimizer."""
+    """A traced step as items for the simulation. `extra[stage]` blocks of a stage were not traced; `leading` first ones differ."""
 
     trace: Trace
     place: Place
     compiled: bool
     extra: Sequence[int] = (0,)
     leading: int = 0
-    more: Mapping[int, Trace] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._starts = [phase.operator for phase in self.trace.phases]
-        self._pieces: dict[tuple[int, int], list[Item]] = {}
-        self._last_use = last_uses(self.trace.operators)
+        self._priced_pieces: dict[range, list[Item]] = {}
+
+    @cached_property
+    def _parts(self) -> dict[Part, list[Piece]]:
+        return cut(self.trace, self.leading + TYPICAL, [1 + more for more in self.extra])
+
+    @cached_property
+    def _last_use(self) -> dict[int, int]:
+        return last_uses(self.trace.operators)
+
+    def of(self, place: Place, extra: Sequence[int]) -> "Steps":
+        """Another rank's, which does the same; where it is on a like device, between like links, at the same prices."""
+        other = Steps(self.trace, place, self.compiled, extra, self.leading)
+        if place.alike and self.place.alike:
+            other._priced_pieces = self._priced_pieces
+        return other
 
     def head(self) -> list[Item]:
         """What comes before the passes."""
-        return self._items(0, self._at("passes"))
+        return self.part("head")
 
     def tail(self) -> list[Item]:
-        """What follows the passes: the gradient's norm, the optimizer."""
-        own = self._items(self._at("tail"), len(self.trace.operators))
-        missing = 0.0
-        for stage, trace in self.more.items():
-            with_one = Steps(trace, self.place, self.compiled).tail()
-            missing += self.extra[stage] * (total_s(with_one) - total_s(own))
-        return joined([*own, Compute(max(0.0, missing))])
+        """What follows the passes: the gradient's norm, the optimizer. It grows with what all blocks have."""
+        weights = weights_of(self.trace, self.leading + TYPICAL, [1 + more for more in self.extra])
+        start = next(mark.operator for mark in self.trace.marks if mark.kind == "tail")
+        return joined(list(self._priced([scaled(operator, weights) for operator in self.trace.operators[start:]])))
 
     def batches(self) -> list[list[Item]]:
-        """Each micro-batch's forward and backward, without a pipeline."""
-        starts = [mark.operator for mark in self.trace.marks if mark.kind == "batch"]
-        ends = [*starts[1:], self._at("tail")]
-        return [self._items(start, end) for start, end in zip(starts, ends, strict=True)]
+        """Each traced micro-batch's forward and backward, without a pipeline."""
+        return [self.part(number) for number in sorted(part for part in self._parts if isinstance(part, int))]
 
     def actions(self) -> dict[Action, list[Item]]:
-        """Each action of this rank of a pipeline."""
-        marks = [mark for mark in self.trace.marks if mark.kind in ("action", "tail")]
-        return {mark.action: self._items(mark.operator, after.operator) for mark, after in pairwise(marks) if mark.action is not None}
+        """Each traced action of this rank of a pipeline."""
+        return {part: self.part(part) for part in self._parts if isinstance(part, Action)}
 
-    def _at(self, kind: str) -> int:
-        return next(mark.operator for mark in self.trace.marks if mark.kind == kind)
+    def part(self, part: Part) -> list[Item]:
+        """The items of a part of the step, blocks that were not traced in their place."""
+        pieces = extended(self._parts.get(part, ()), self.leading + TYPICAL, self.extra)
+        return joined([item for piece, _ in pieces for item in self.priced(piece)])
 
-    def _items(self, start: int, end: int) -> list[Item]:
-        """The items of a stretch of operators, blocks that were not traced in their place."""
-        found: list[Item] = []
-        for phase, first, last in self._phases(start, end):
-            piece = self._piece(phase, first, last)
-            times = 1
-            if phase.kind in ("forward", "backward") and phase.block == self.leading + TYPICAL:
-                times += self.extra[phase.stage]
-            found += piece * times
-        return joined(found)
-
-    def _phases(self, start: int, end: int) -> Iterator[tuple[Phase, int, int]]:
-        number = max(0, bisect_right(self._starts, start) - 1)
-        phases = self.trace.phases
-        while number < len(phases) and phases[number].operator < end:
-            after = phases[number + 1].operator if number + 1 < len(phases) else len(self.trace.operators)
-            first, last = max(start, phases[number].operator), min(end, after)
-            if first < last:
-                yield phases[number], first, last
-            number += 1
-
-    def _piece(self, phase: Phase, first: int, last: int) -> list[Item]:
-        if (first, last) not in self._pieces:
-            operators: Sequence[Operator] = self.trace.operators[first:last]
-            if self.compiled and phase.kind in COMPILED:
-                operators, _ = merged(operators, last, self._last_use)
-            self._pieces[first, last] = list(self._priced(operators))
-        return self._pieces[first, last]
+    def priced(self, piece: Piece) -> list[Item]:
+        """The items of one piece."""
+        if piece.operators not in self._priced_pieces:
+            operators: Sequence[Operator] = self.trace.operators[piece.operators.start : piece.operators.stop]
+            if self.compiled and piece.kind in COMPILED:
+                operators, _ = merged(operators, piece.operators.stop, self._last_use)
+            self._priced_pieces[piece.operators] = list(self._priced(operators))
+        return self._priced_pieces[piece.operators]
 
     def _priced(self, operators: Sequence[Operator]) -> Iterator[Item]:
         """Kernels of a stream of its own are part of the exchange on it."""
@@ -211,6 +194,16 @@ class Steps:
                 yield Compute(kernel_s(operator, on))
         if begun is not None:
             yield begun
+
+
+def scaled(operator: Operator, weights: Mapping[int, float]) -> Operator:
+    """An operator on allocations that are so many times as large."""
+    if not weights:
+        return operator
+    reads = tuple((number, round(bytes * weights.get(number, 1.0))) for number, bytes in operator.reads)
+    writes = tuple((number, round(bytes * weights.get(number, 1.0))) for number, bytes in operator.writes)
+    times = weights.get(operator.reads[0][0], 1.0) if operator.exchange and operator.reads else 1.0
+    return replace(operator, reads=reads, writes=writes, bytes=round(operator.bytes * times))
 
 
 def total_s(items: Sequence[Item]) -> float:

@@ -28,6 +28,7 @@ from paraxis.plan.pretend import PRETENDED, EvenDispatch, PretendedDevice, Prete
 from paraxis.plan.remembered import Call, Result
 from paraxis.plan.watch import watching
 from paraxis.train.config import RunConfig
+from paraxis.train.passes import Piped
 from paraxis.train.run import Run, assemble
 from paraxis.train.stages import build_order
 from paraxis.train.step import train_step
@@ -60,12 +61,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Mark:
-    """A place in the list of operators: where the `passes` begin, each micro-batch's forward (`batch`), each `action` of a pipeline, and
-    the `tail` after the last."""
+    """A place in the lists of operators and events: where the `passes` begin, each micro-batch's forward (`batch`), each `action` of a
+    pipeline, and the `tail` after the last."""
 
     kind: str
     operator: int
     action: Action | None = None
+    event: int = 0
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Trace:
 
     `before` has the bytes of each allocation that the step finds, `category` what each allocation is for, `stream` the CUDA stream it
     was made on, where that is not the one that computes (0). `operators` is what the device is asked for, in order, with `marks` in it.
+    `owner` says of what the step finds which stage's and block's parameter, state or buffer it is.
     """
 
     before: dict[int, int] = field(default_factory=dict)
@@ -83,6 +86,7 @@ class Trace:
     stream: dict[int, int] = field(default_factory=dict)
     operators: list[Operator] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+    owner: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def reserved(self) -> int:
@@ -100,6 +104,7 @@ class Recorder(PretendedMemory):
         self.default = "other"
         self.lane = "compute"
         self.follows = False  # whether operators are noted, not only allocations
+        self._places: dict[Any, tuple[int, int]] = {}  # of blocks' parameters and buffers
         self._held: dict[int, tuple[int, int]] = {}  # by storage: the allocation and its bytes
         self._watched: dict[int, weakref.ref[Any]] = {}
 
@@ -153,7 +158,7 @@ class Recorder(PretendedMemory):
 
     def mark(self, kind: str, action: Action | None = None) -> None:
         """Something begins."""
-        self.trace.marks.append(Mark(kind, len(self.trace.operators), action))
+        self.trace.marks.append(Mark(kind, len(self.trace.operators), action, len(self.trace.events)))
 
     def call(self, category: str, tensors: Any, only: str | None = None) -> None:
         """Says what `tensors` are for, from the time they were made."""
@@ -166,6 +171,23 @@ class Recorder(PretendedMemory):
         """Which allocation a tensor lies in; None for the host's."""
         held = self._held.get(x.untyped_storage()._cdata) if self.holds(x) else None
         return None if held is None else held[0]
+
+    def own(self, x: Tensor, at: tuple[int, int], tensors: Any) -> None:
+        """Says that parameter or buffer `x`, which is stored in `tensors`, is a stage's and block's of the rank."""
+        self._places[x] = at
+        for stored in tensors:
+            if (number := self.number(stored.to_local() if isinstance(stored, DTensor) else stored)) is not None:
+                self.trace.owner[number] = at
+
+    def place_of(self, parameter: Any) -> tuple[int, int]:
+        """Whose a parameter is: of which stage and block; of no block, -1."""
+        return self._places.get(parameter, (0, -1))
+
+    @property
+    def at(self) -> tuple[str, int, int]:
+        """The phase that is under way, and its stage and block."""
+        phase = self.trace.phases[-1] if self.trace.phases else Phase("start", 0)
+        return phase.kind, phase.stage, phase.block
 
     def start(self) -> None:
         """The step begins: what is held now it finds."""
@@ -210,7 +232,7 @@ def _new(out: Any, result: Result) -> list[Any]:
 
 
 def trace_step(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Trace:
-    """The second training step of rank `rank` of `ranks`; the first makes what steps keep between them.
+    """A training step of rank `rank` of `ranks` that is not its first, which makes what steps keep between them.
 
     Where documents are kept apart, a row is taken for one document: the most that attention can take.
     Raises ConfigError for what cannot run.
@@ -231,7 +253,8 @@ def trace_step(config: RunConfig, ranks: int, rank: int, device: PretendedDevice
                 router.use_dispatch(EvenDispatch(ExpertDispatch(run.mesh.ep), run.mesh.degrees.ep))
         recorder.call("parameters", [x for shard in run.shards for x in (shard.parameter, shard.local)])
         recorder.call("optimizer", tree_leaves(run.optimizer.state()))
-        train_step(run, _batches(run), lr=1e-3)
+        _own(run, recorder)
+        _meet(run)
         batches = _batches(run)
         with _marking(run, recorder), watching(run, recorder):
             train_step(run, batches, lr=1e-3)
@@ -250,6 +273,7 @@ def _fused(trace: Trace) -> Trace:
         trace,
         events=[event for event in trace.events if event[0] not in inside],
         phases=[replace(phase, start=left[phase.start]) for phase in trace.phases],
+        marks=[replace(mark, event=left[mark.event]) for mark in trace.marks],
     )
 
 
@@ -265,10 +289,50 @@ class _NoRows:
 
 def _batches(run: Run) -> list[Batch]:
     """A step's micro-batches for this rank, as they arrive from the loader."""
-    config = run.config
-    shape = (config.train.micro_batch, config.data.seq_len)
-    number = run.rows_per_step // (run.mesh.degrees.data_ranks * config.train.micro_batch)
-    return [run.take(Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3)))) for _ in range(number)]
+    number = run.rows_per_step // (run.mesh.degrees.data_ranks * run.config.train.micro_batch)
+    return [_batch(run) for _ in range(number)]
+
+
+def _batch(run: Run) -> Batch:
+    shape = (run.config.train.micro_batch, run.config.data.seq_len)
+    return run.take(Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(3))))
+
+
+def _own(run: Run, recorder: Recorder) -> None:
+    """Says whose each stored tensor of a block is."""
+    place = {
+        parameter: (stage, number)
+        for stage, module in enumerate(run.modules)
+        for number, block in enumerate(module.blocks())  # type: ignore[operator]
+        for parameter in (*block.parameters(), *block.buffers())
+    }
+    for x, at in place.items():
+        recorder.own(x, at, [x])
+    for shard in run.shards:
+        if (at := place.get(shard.parameter)) is not None:
+            states = [tensors[shard.placed.name] for tensors in run.optimizer.state().values() if shard.placed.name in tensors]
+            recorder.own(shard.parameter, at, [shard.local, *states])
+
+
+def _meet(run: Run) -> None:
+    """One micro-batch through the rank's stages and back, as in a first step: wrappers then have what they keep, and graphs are made."""
+    scale = torch.ones((), dtype=torch.float64, device=PRETENDED)
+    for router in run.routers.values():
+        router.begin_step(scale)
+    if not isinstance(run.passes, Piped):
+        run.passes.forward_backward([_batch(run)], scale)
+    else:
+        pipeline, reduction = run.passes.pipeline, run.passes.reduction
+        pipeline._met.add("training")  # messages travel between devices from the second step on
+        shape, dtype = stage_output(run.config, run.mesh.degrees)
+        for stage, module in pipeline._stages.items():
+            x = torch.empty(shape, dtype=dtype, device=PRETENDED, requires_grad=True) if stage else None
+            out = module(_batch(run), x)
+            reduction.before_backward(module, last=True)
+            torch.autograd.backward(out, torch.empty_like(out) if out.dim() else None)
+    for shard in run.shards:
+        shard.take_gradient()
+        shard.drop_gradient()
 
 
 def _use_pretended(module: nn.Module) -> None:

@@ -12,10 +12,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
 from paraxis.base.schedule import Action
 from paraxis.parallel import pipeline
+from paraxis.parallel.copies import Copies
+from paraxis.parallel.deferred import OwedGradients
+from paraxis.parallel.fsdp import PipelineReduction
 from paraxis.plan.operators import Operator, product
 from paraxis.plan.pretend import replaced
 from paraxis.train.passes import Accumulation, Piped
@@ -26,6 +30,13 @@ class Watched(Protocol):
     """What is told."""
 
     lane: str
+
+    @property
+    def at(self) -> tuple[str, int, int]: ...
+
+    def place_of(self, parameter: Any) -> tuple[int, int]: ...
+
+    def enter(self, kind: str, stage: int = 0, block: int = -1) -> None: ...
 
     def note(self, operator: Operator) -> None: ...
 
@@ -50,6 +61,12 @@ def watching(run: Run, told: Watched) -> Iterator[None]:
             (Accumulation, "forward_backward", _passes),
             (Piped, "forward_backward", _passes),
             (torch, "addmm", _multiplies),
+            (OwedGradients, "add", _owes),
+            (PipelineReduction, "gradients_added", _outside),
+            (PipelineReduction, "gradients_complete", _outside),
+            (FSDPParam, "accumulate_unsharded_grad_if_needed", _adds),
+            (group, "post_backward", _ends),
+            (Copies, "_take", _takes),
         ):
             inside.enter_context(replaced(owner, name, _bound(wrapper, told, getattr(owner, name))))
         for module in run.modules:
@@ -116,6 +133,45 @@ def _multiplies(told: Watched, plain: Callable[..., Any], *args: Any, **kwargs: 
     if "out_dtype" in kwargs:  # which no dispatcher sees, see pretend.py
         told.note(product(args[1], args[2], out, told.number))
     return out
+
+
+def _owes(told: Watched, plain: Callable[..., Any], owed: OwedGradients, make: Callable[[], None]) -> None:
+    _, stage, block = told.at
+
+    def later() -> None:
+        told.enter("weights", stage, block)
+        make()
+        told.enter("start", stage)  # what all were made of is let go after the last, which is not its block's doing
+
+    plain(owed, later)
+
+
+def _outside(told: Watched, plain: Callable[..., Any], *args: Any) -> None:
+    told.enter("weights", told.at[1])
+    plain(*args)
+    told.enter("start", told.at[1])
+
+
+def _goes_on(told: Watched, parameter: Any) -> None:
+    """Outside autograd, where no block's hook says whose turn it is."""
+    if told.at[0] == "weights":
+        told.enter("weights", *told.place_of(parameter))
+
+
+def _adds(told: Watched, plain: Callable[..., Any], parameter: Any) -> None:
+    _goes_on(told, parameter.sharded_param)
+    plain(parameter)
+
+
+def _ends(told: Watched, plain: Callable[..., Any], group: Any, *args: Any) -> None:
+    if group.fsdp_params:
+        _goes_on(told, group.fsdp_params[0].sharded_param)
+    plain(group, *args)
+
+
+def _takes(told: Watched, plain: Callable[..., Any], copies: Any, copy: Any) -> None:
+    _goes_on(told, copy)
+    plain(copies, copy)
 
 
 EVERYTHING = -2  # in place of one exchange's number: all of its stream
