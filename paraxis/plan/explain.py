@@ -19,6 +19,8 @@ def why_slower(option: Option, best: Option) -> str:
     if option is best:
         return ""
     slower = best.tokens_per_s / option.tokens_per_s - 1
+    if slower < -SEEN:
+        return f"{-slower:.1%} faster by prediction, which is less than predictions tell apart, on more axes"
     if abs(slower) < SEEN:
         return f"as fast; {'' if option.reserved < best.reserved else '+'}{gib(option.reserved - best.reserved)} GiB"
     reasons: list[str] = []

@@ -40,6 +40,7 @@ from paraxis.train.config import RunConfig
 Source = Literal["simulated", "traced", "exact"]
 AT_ONCE = 2  # traces, each in a process of its own
 PARTS = (1.0, 0.7, 0.5, 0.3)  # of the memory there is, for each of which the fastest candidate is sought
+ALIKE = 1.03  # predictions closer than this do not tell which is faster
 CLEAR = 1.03  # a candidate this many times slower than the best traced one is not traced
 
 
@@ -202,8 +203,8 @@ class Search:
         ratio = _ratio(options, traced)
         known = [traced.get(one.candidate) or _scaled(one, *ratio) for one in options]
         fitting = sorted((one for one in known if one.fits), key=_by_time)
-        best = list(islice(filter(self._accepted, fitting), self.effort.keep))
-        fastest = best[0].tokens_per_s if best else 0.0
+        best = simplest_first(list(islice(filter(self._accepted, fitting), self.effort.keep)))
+        fastest = max((one.tokens_per_s for one in best), default=0.0)
         return Found(
             options=best,
             pareto=[one for one in pareto(fitting) if self._accepted(one)],
@@ -225,6 +226,15 @@ class Search:
 def distinct(options: Iterable[Option]) -> list[Option]:
     """Without those that by estimate take what an earlier one takes, in time and in memory."""
     return list({(round(one.tokens_per_s, 6), round(one.reserved)): one for one in reversed(list(options))}.values())[::-1]
+
+
+def simplest_first(options: Sequence[Option]) -> list[Option]:
+    """`options`, fastest first, but before all the one on the fewest axes of those that predictions do not tell from the fastest."""
+    if not options:
+        return []
+    alike = [one for one in options if one.tokens_per_s * ALIKE >= options[0].tokens_per_s]
+    first = min(alike, key=lambda one: sum(getattr(one.candidate.degrees, axis) > 1 for axis in ("pp", "cp", "tp")))
+    return [first, *(one for one in options if one is not first)]
 
 
 def pareto(fitting: Sequence[Option]) -> list[Option]:

@@ -58,7 +58,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
 
 
 def test_everything_that_was_found_is_told_as_json(cluster: Path, capsys: pytest.CaptureFixture[str]):
-    answer = told(capsys, "debug", "--cluster", cluster, "--gpus", "2", "--seconds", "60", "--train.global_tokens=512", *FEW)
+    answer = told(capsys, "debug", "--cluster", cluster, "--gpus", "2", "--seconds", "60", *FIXED)
     assert (answer["recipe"], answer["cluster"], answer["ranks"], answer["tokens_per_step"]) == ("debug", "four processes", 2, 512)
     assert answer["plans"]
     for one in [*answer["plans"], *answer["pareto"]]:
@@ -74,7 +74,7 @@ def test_everything_that_was_found_is_told_as_json(cluster: Path, capsys: pytest
 
 
 def test_the_table_ends_in_a_command_that_trains_so(cluster: Path, capsys: pytest.CaptureFixture[str]):
-    shown = said(capsys, "plan", "debug", "--cluster", cluster, "--gpus", "2", "--seconds", "60", "--train.global_tokens=512", *FEW)
+    shown = said(capsys, "plan", "debug", "--cluster", cluster, "--gpus", "2", "--seconds", "60", *FIXED)
     assert "tokens/s/GPU" in shown
     assert "fragmentation" in shown
     [command] = [line for line in shown.splitlines() if line.startswith("paraxis train debug ")]

@@ -14,10 +14,11 @@ from paraxis.base.schedule import most_in_flight
 from paraxis.base.schedules import SCHEDULES, Plan, build_schedule
 from paraxis.plan.candidates import Candidate, Space, planned
 from paraxis.plan.cluster_file import read_cluster
+from paraxis.plan.explain import why_slower
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.holdings import in_flight
 from paraxis.plan.lacking import find_lacking
-from paraxis.plan.search import Effort, Option, Search, distinct, pareto, traced
+from paraxis.plan.search import ALIKE, Effort, Option, Search, distinct, pareto, simplest_first, traced
 from paraxis.recipes.find import find
 from paraxis.train.check import check, on_meta
 from paraxis.train.config import RunConfig
@@ -153,7 +154,7 @@ def test_pruning_never_loses_the_best(part: float):
     estimates = [search.estimate(one) for one in space]
     everything = sorted((one for one in estimates if one.fits), key=lambda one: (one.step_s, one.reserved))
     found = search.run()
-    assert [one.step_s for one in found.options[:8]] == pytest.approx([one.step_s for one in distinct(everything)[:8]])
+    assert sorted(one.step_s for one in found.options)[:8] == pytest.approx([one.step_s for one in distinct(everything)[:8]])
     assert found.complete
     assert len(search.simulated) < len(estimates) / 2, "and most are never simulated"
 
@@ -180,10 +181,19 @@ def test_every_option_is_one_that_training_accepts():
 def test_of_a_pareto_list_none_is_both_slower_and_larger():
     found = search_of(space_of(4, {}, {**SMALL, "model.width": 256}), 0.02).run()
     listed = found.pareto
-    assert listed[0] == found.options[0]
+    assert listed[0].tokens_per_s == max(one.tokens_per_s for one in found.options)
     assert len(listed) > 1
     assert all(a.tokens_per_s >= b.tokens_per_s and a.reserved > b.reserved for a, b in pairwise(listed))
     assert pareto(listed) == listed
+
+
+def test_of_options_that_predictions_do_not_tell_apart_the_one_on_fewest_axes_comes_first():
+    ring, plain = (Candidate(degrees=Degrees(cp=n, fsdp=2 // n), micro_batch=1, micro_batches=1, remat="none") for n in (2, 1))
+    search = search_of(space_of(2, {}))
+    fast, slow = (replace(search.estimate(plain), candidate=one, tokens_per_s=rate) for one, rate in ((ring, 1.02), (plain, 1.0)))
+    assert simplest_first([fast, slow]) == [slow, fast]
+    assert simplest_first([replace(fast, tokens_per_s=1.1), slow])[0].candidate == ring
+    assert "less than predictions tell apart" in why_slower(fast, slow)
 
 
 def test_the_best_options_are_traced_in_processes_of_their_own():
@@ -232,4 +242,4 @@ def test_the_choice_is_the_best_of_all_traces(apart: Callable[..., Any]):
 
     chosen_s, every_s = apart(times)
     assert len(every_s) > 4
-    assert chosen_s == pytest.approx(min(every_s))
+    assert chosen_s <= ALIKE * min(every_s)
