@@ -73,7 +73,7 @@ def _stretches(trace: Trace) -> Iterator[tuple[Part, Phase, range, range]]:
     begins = ("tail", "action" if piped else "batch")
     places: list[tuple[int, int, Phase | Mark]] = [(phase.start, phase.operator, phase) for phase in trace.phases]
     places += [(mark.event, mark.operator, mark) for mark in trace.marks if mark.kind in begins]
-    places.sort(key=lambda place: place[:2])
+    places.sort(key=lambda place: (*place[:2], isinstance(place[2], Phase)))  # a part's first phase may begin with it
     part: Part = "head"
     phase, batches = Phase("start", 0), 0
     end = len(trace.events), len(trace.operators), phase
