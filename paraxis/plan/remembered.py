@@ -134,7 +134,7 @@ def _output(call: Call, x: FakeTensor) -> Output | None:
         plain = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         if x.storage_offset() or plain.untyped_storage().nbytes() != own.nbytes():
             return None
-    return Output(x.shape, x.stride(), x.storage_offset(), x.dtype, x.fake_device, argument, argument >= 0)
+    return Output(x.shape, x.stride(), int(x.storage_offset()), x.dtype, x.fake_device, argument, argument >= 0)
 
 
 def made_again(fake: FakeTensorMode, call: Call, result: Result) -> Any:
@@ -154,3 +154,9 @@ def _made(fake: FakeTensorMode, call: Call, output: Output) -> Any:
     meta = torch.empty(0, dtype=output.dtype, device="meta")
     meta.set_(given.untyped_storage(), output.offset, output.shape, output.stride)
     return FakeTensor(fake, meta, output.device)
+
+
+def new_outputs(out: Any, result: Result) -> list[Any]:
+    """The outputs with storage of their own."""
+    outputs = (out,) if result.container is None else out
+    return [x for x, output in zip(outputs, result.outputs, strict=True) if output.new]

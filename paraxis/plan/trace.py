@@ -25,7 +25,7 @@ from paraxis.plan.compiled import pretending_to_compile
 from paraxis.plan.fusion import COMPILED, last_uses, merged
 from paraxis.plan.operators import Operator, describe
 from paraxis.plan.pretend import PRETENDED, EvenDispatch, PretendedDevice, PretendedMemory, pretended_world, replaced
-from paraxis.plan.remembered import Call, Result
+from paraxis.plan.remembered import Call, Result, new_outputs
 from paraxis.plan.watch import watching
 from paraxis.train.config import RunConfig
 from paraxis.train.passes import Piped
@@ -122,7 +122,7 @@ class Recorder(PretendedMemory):
             yield
 
     def made(self, func: Any, args: Any, kwargs: Any, out: Any, call: Call | None, result: Result | None) -> None:
-        for x in tree_leaves(out) if result is None else _new(out, result):
+        for x in tree_leaves(out) if result is None else new_outputs(out, result):
             if self.holds(x):
                 self._set(x.untyped_storage(), None)
         if (said := _SAYS.get(name := func._schema.name)) is not None:
@@ -138,7 +138,7 @@ class Recorder(PretendedMemory):
         if call is None or result is None or func.namespace in ("c10d", "_c10d_functional"):  # which are of one world
             return describe(func, args, kwargs, out, self.number, self.lane)
         storages = list(call.storages)
-        storages += [x.untyped_storage()._cdata for x in _new(out, result)]
+        storages += [x.untyped_storage()._cdata for x in new_outputs(out, result)]
         if not result.is_described:
             numbers = {storage: number for number, storage in enumerate(storages)}
             result.described = describe(func, args, kwargs, out, lambda x: numbers[x.untyped_storage()._cdata], "compute")
@@ -223,12 +223,6 @@ class Recorder(PretendedMemory):
         del self._watched[key]
         number, size = self._held.pop(key)
         self.trace.events.append((number, -size))
-
-
-def _new(out: Any, result: Result) -> list[Any]:
-    """The outputs with storage of their own."""
-    outputs = (out,) if result.container is None else out
-    return [x for x, output in zip(outputs, result.outputs, strict=True) if output.new]
 
 
 def trace_step(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Trace:
