@@ -67,9 +67,9 @@ def every_setting(space: Space) -> list[Candidate]:
         if pp * dp * fsdp * cp * tp != ranks:
             continue
         schedules = [(name, chunks) for name in SCHEDULES for chunks in (0, 2, 3, 4)] if pp > 1 else [("auto", 0)]
-        kinds = [("ring", 0), ("ulysses", 0), ("allgather", 0), ("usp", 2)] if cp > 1 else [("auto", 0)]
+        kinds = [("ring", 0), ("ulysses", 0), ("allgather", 0), ("usp", 2), ("usp", 4)] if cp > 1 else [("auto", 0)]
         for (schedule, chunks), (kind, inner), rows in product(schedules, kinds, (1, 2, 4, 8, 16)):
-            if inner >= cp > 1:  # all of cp exchanges heads: ulysses
+            if inner >= cp > 1 or (inner and cp % inner):  # all of cp exchanges heads: ulysses
                 continue
             found.append(
                 Candidate(
