@@ -117,6 +117,8 @@ class Search:
                 f"no layout of {self.space.config.name} on {self.space.ranks} ranks keeps what is set "
                 f"({', '.join(self.space.fixed) or 'nothing'}): leave a setting out, or change train.global_tokens or --gpus"
             )
+        # First of all without context parallelism, which estimates know least about.
+        self._best([one for one in families if one.degrees.cp == 1], self.costs.usable, self.effort.keep)
         for part in PARTS:
             self._best(families, part * self.costs.usable, self.effort.keep if part == 1 else 2)
         options = distinct(sorted(self.simulated.values(), key=_by_time))
@@ -184,11 +186,10 @@ class Search:
         done: dict[Candidate, Option] = {}
         tried, longest_s = set[Candidate](), 0.0
         while len(tried) < self.effort.traced:
-            ratio = _ratio(options, done)
-            next_ones = [one for one in options if one.candidate not in tried and one.reserved * ratio[1] <= one.usable]
-            fitting = [one.step_s for one in done.values() if one.fits]
-            if fitting:
-                next_ones = [one for one in next_ones if one.step_s * ratio[0] <= CLEAR * min(fitting)]
+            left = [_scaled(one, *_ratio(one, options, done)) for one in options if one.candidate not in tried]
+            clear = max((one.tokens_per_s for one in done.values() if one.fits), default=0.0) / CLEAR
+            wanted = {one.candidate for one in left if one.fits and one.tokens_per_s >= clear}
+            next_ones = [one for one in options if one.candidate in wanted]
             if not next_ones or self.left_s() < longest_s:
                 break
             batch = next_ones[: min(AT_ONCE, self.effort.traced - len(tried))]
@@ -200,8 +201,7 @@ class Search:
 
     def _judged(self, options: Sequence[Option], traced: Mapping[Candidate, Option]) -> Found:
         """All options with what traces said, in order."""
-        ratio = _ratio(options, traced)
-        known = [traced.get(one.candidate) or _scaled(one, *ratio) for one in options]
+        known = [traced.get(one.candidate) or _scaled(one, *_ratio(one, options, traced, known=True)) for one in options]
         fitting = sorted((one for one in known if one.fits), key=_by_time)
         best = simplest_first(list(islice(filter(self._accepted, fitting), self.effort.keep)))
         fastest = max((one.tokens_per_s for one in best), default=0.0)
@@ -252,12 +252,19 @@ def _by_time(option: Option) -> tuple[float, int, int]:
     return -round(option.tokens_per_s, 6), round(option.reserved), d.cp * d.tp * d.pp
 
 
-def _ratio(options: Iterable[Option], traced: Mapping[Candidate, Option]) -> tuple[float, float]:
-    """What traces say over what was estimated: of time, and of memory."""
-    both = [(one, traced[one.candidate]) for one in options if one.candidate in traced]
+def _ratio(option: Option, options: Iterable[Option], traced: Mapping[Candidate, Option], *, known: bool = False) -> tuple[float, float]:
+    """What traces of options on the same axes as `option` say over what was estimated: of time, and of memory. Where there are none, one
+    over one, so that it is worth a trace; or (`known`) what those on other axes say."""
+    every = [(one, traced[one.candidate]) for one in options if one.candidate in traced]
+    both = [pair for pair in every if _axes(pair[0]) == _axes(option)] or (every if known else [])
     if not both:
         return 1.0, 1.0
     return median(b.step_s / a.step_s for a, b in both), median(b.reserved / a.reserved for a, b in both)
+
+
+def _axes(option: Option) -> tuple[bool, ...]:
+    d = option.candidate.degrees
+    return d.pp > 1, d.cp > 1, d.tp > 1, d.ep > 1
 
 
 def _scaled(option: Option, seconds: float, memory: float) -> Option:
