@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from paraxis.cli.study import Study
     from paraxis.plan.search import Option
 
-OPTIONS = ("cluster", "gpus", "layout", "seconds", "picture", "trace")
+OPTIONS = ("cluster", "gpus", "layout", "seconds", "picture", "trace", "beside")
 FLAGS = ("exact", "json", "debug", "help")
 SECONDS = 25  # that a search may take, so that it has ended within half a minute
 COUNTLESS = 100_000  # simulations: the seconds bound them
@@ -34,6 +34,7 @@ train.global_tokens says, else those of the recipe's own layout. Nothing is run:
   --seconds S      how long a search may take (default: {SECONDS}); what was not traced by then is marked as simulated
   --picture FILE   draw the winner's step: its timeline and memory, as .html or .svg (without: in the terminal, with --layout)
   --trace FILE     write the winner's simulated step for Perfetto or Chrome's trace viewer
+  --beside FILE    with --trace: put it beside a trace that training wrote (--profile.steps), starting together
   --json           print everything as JSON
   --debug          show tracebacks of errors
   --help           this
@@ -61,6 +62,8 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("plan needs --cluster: a file that paraxis probe wrote, or a ready one such as --cluster dgx_h100")
     if (name := parsed.options.get("picture")) and not name.endswith((".svg", ".html")):
         raise ConfigError(f"--picture={name} is neither .html nor .svg; name one of these")
+    if "beside" in parsed.options and "trace" not in parsed.options:
+        raise ConfigError(f"--beside={parsed.options['beside']} needs --trace FILE: where both are to be written")
     stay_forkable()
     study = _study(parsed)
     _draw(parsed, study)
@@ -98,13 +101,14 @@ def _draw(parsed: Arguments, study: "Study") -> None:
         return
     from paraxis.plan.picture_page import picture_page
     from paraxis.plan.picture_svg import timeline_svg
-    from paraxis.plan.picture_trace import trace_text
+    from paraxis.plan.picture_trace import trace_beside, trace_text
 
     title = f"{study.config.name}, {study.best.candidate.layout} on {study.cluster.name}"
     if name := parsed.options.get("picture"):
         _write(name, timeline_svg(prediction) if name.endswith(".svg") else picture_page(prediction, title))
     if name := parsed.options.get("trace"):
-        _write(name, trace_text(prediction))
+        measured = parsed.options.get("beside")
+        _write(name, trace_beside(prediction, Path(measured)) if measured else trace_text(prediction))
 
 
 def _write(name: str, text: str) -> None:

@@ -67,11 +67,21 @@ class Prediction:
         return self.reserved <= self.usable
 
 
+def refuse_unpredictable(config: RunConfig) -> None:
+    """Raises ConfigError for what no prediction is made of."""
+    if config.precision.startswith("float8"):
+        raise ConfigError(
+            f"precision={config.precision} cannot be planned: float8 products have not been traced without a GPU; plan with "
+            "precision=bf16, which takes more time and about as much memory"
+        )
+
+
 def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Sequence[int] | None = None, exact: bool = False) -> Prediction:
     """A step of `config` on `ranks` devices of `cluster`; rank r runs on device `placement[r]`, or on device r.
 
     `exact` traces every block instead of a few. Raises ConfigError for a configuration that cannot run.
     """
+    refuse_unpredictable(config)
     placement = range(ranks) if placement is None else placement
     if len(placement) != ranks or ranks > cluster.ranks:
         raise ConfigError(f"{ranks} ranks on {len(placement)} devices of {cluster.name}, which has {cluster.ranks}; give it more (--gpus)")

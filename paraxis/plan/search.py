@@ -31,7 +31,7 @@ from paraxis.plan.closed import Costs
 from paraxis.plan.cuts import cuts_by_speed
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.place import place
-from paraxis.plan.predict import Prediction, predict
+from paraxis.plan.predict import Prediction, predict, refuse_unpredictable
 from paraxis.plan.replay import simulate
 from paraxis.plan.traffic import traffic_of
 from paraxis.train.check import check
@@ -109,7 +109,8 @@ class Search:
         self._evaluate = evaluate or self.estimate
 
     def run(self) -> Found:
-        """Raises ConfigError where there is no candidate at all."""
+        """Raises ConfigError where there is no candidate at all, and for a run that cannot be predicted."""
+        refuse_unpredictable(self.space.config)
         families = list(self.space.families())
         self.candidates = sum(self.space.size(family) for family in families)
         if not families:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from paraxis.base.errors import ConfigError
-from paraxis.cli import auto, plan
+from paraxis.cli import auto, main, plan
 from tests.cli.folders import said
 
 CPU = """
@@ -93,6 +93,25 @@ def test_a_layout_is_predicted_as_it_was_given(cluster: Path, tmp_path: Path, ca
     [whole] = told(capsys, "debug", "--cluster", cluster, "--layout", "fsdp2", "--exact")["plans"]
     assert whole["source"] == "exact"
     assert whole["reserved"] == pytest.approx(one["reserved"], rel=0.005)
+
+
+def test_a_simulated_step_is_written_beside_a_measured_one(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    measured, both = tmp_path / "measured.json", tmp_path / "both.json"
+    step = {"ph": "X", "name": "step 3", "pid": 1, "tid": 1, "ts": 500.0, "dur": 100.0}
+    measured.write_text(json.dumps({"traceEvents": [step]}))
+    words = ["debug", "--cluster", cluster, "--layout", "fsdp2", "--beside", measured]
+    told(capsys, *words, "--trace", both)
+    events = json.loads(both.read_text())["traceEvents"]
+    assert step in events
+    assert len(events) > 10
+    assert main(["plan", *map(str, words)]) != 0
+    assert "needs --trace FILE" in capsys.readouterr().err
+
+
+def test_a_run_in_float8_is_refused_with_what_to_plan_instead(cluster: Path, capsys: pytest.CaptureFixture[str]):
+    for more in (["--layout", "fsdp2"], ["--gpus", "2"]):
+        assert main(["plan", "debug", "--cluster", str(cluster), "--precision=float8_tensorwise", *more]) != 0
+        assert "plan with precision=bf16" in capsys.readouterr().err
 
 
 def test_nothing_that_fits_says_how_much_is_lacking(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
