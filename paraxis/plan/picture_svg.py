@@ -78,7 +78,8 @@ def timeline_svg(prediction: Prediction) -> str:
 
 def memory_svg(prediction: Prediction) -> str:
     """What the fullest rank holds over the step, categories piled up, with what the device can give."""
-    held = columns(prediction.memory, span_s(prediction), int(PLOT))
+    end_s = span_s(prediction)
+    held = columns(prediction.memory, end_s, int(PLOT))
     full = max(prediction.allocated, prediction.reserved)
     near = prediction.usable < 3 * full
     top = 1.06 * (max(full, prediction.usable) if near else full)
@@ -88,7 +89,7 @@ def memory_svg(prediction: Prediction) -> str:
         return floor - size / top * TALL
 
     unit = next(unit for unit in (2**30, 2**20, 2**10, 1) if top >= unit)
-    parts = [_text(LEFT, floor + 13, "start of the step"), _text(LEFT + PLOT, floor + 13, "its end", "e")]
+    parts = _time_grid(end_s, 34.0, floor)
     for tick in ticks(top / unit, 5):
         parts.append(f'<path class="grid" d="M{LEFT:g} {height(tick * unit):.1f}h{PLOT:g}"/>')
         parts.append(_text(LEFT - 6, height(tick * unit) + 4, size(tick * unit) if tick else "0", "e"))

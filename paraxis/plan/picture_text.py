@@ -66,7 +66,7 @@ def memory_text(prediction: Prediction, width: int = 80, height: int = 12) -> Te
     for row in range(height, 0, -1):
         cells = ["usable" if row == line else column[row - 1] or NOTHING for column in grid]
         _line(text, labels.get(row, "").rjust(left - 1) + " ", [_held_cell(cell) for cell in cells], "")
-    text.append(" " * left + "start of the step" + "its end".rjust(width - left - len("start of the step")) + "\n", "dim")
+    text.append(" " * left + "0" + seconds(span_s(prediction)).rjust(width - left - 1) + "\n", "dim")
     used = [category for category in HELD if any(one.get(category) for one in held)]
     words = [(HELD[category].letter, HELD[category].words, _ink(HELD[category])) for category in used]
     words.append(("─", f"usable: {size(prediction.usable)}" + ("" if line <= height else ", above the picture"), ""))

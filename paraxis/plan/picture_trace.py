@@ -58,11 +58,8 @@ def _events(prediction: Prediction, first: int, start_us: float) -> Iterator[Eve
 
 
 def _counter(prediction: Prediction, process: int, start_us: float) -> Iterator[Event]:
-    """What the fullest rank holds, in a process of its own: there is one curve, and a rank of the pipeline stands for many.
-
-    Its allocations are in order, but spread evenly over the step rather than beside what makes them, and the name says so.
-    """
-    yield _name("process_name", process, 0, name=f"simulated memory of rank {prediction.rank}, allocations spread evenly")
+    """What the fullest rank holds, in a process of its own: there is one curve, and a rank of the pipeline stands for many."""
+    yield _name("process_name", process, 0, name=f"simulated memory of rank {prediction.rank}")
     yield _name("process_sort_index", process, 0, sort_index=0)
     for at_s, held in prediction.memory:
         sizes = {category: held.get(category, 0) for category in HELD}

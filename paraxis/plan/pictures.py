@@ -202,7 +202,7 @@ def memory_summary(prediction: Prediction) -> str:
     said = f"Rank {prediction.rank} is the fullest: {size(prediction.allocated)} at its peak, {size(prediction.reserved)} reserved, of "
     lacking = prediction.reserved - prediction.usable
     said += f"{size(prediction.usable)} usable" + (f"; {size(lacking)} too much." if lacking > 0 else ".")
-    return f"{said} Left to right: the step's allocations in order, each as wide as any other."
+    return said
 
 
 def _ranks(prediction: Prediction) -> set[int]:
