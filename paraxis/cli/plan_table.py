@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from paraxis.base.layout import layout_settings
 from paraxis.cli.study import Study, spelled
 from paraxis.plan.explain import gib, placed, run_lengths, why_refused, why_slower
 from paraxis.plan.picture_text import memory_text, timeline_text
@@ -124,4 +125,7 @@ def _print_best(console: Console, study: Study, best: Option) -> None:
     if best.cuts:
         console.print(f"stages: {len(best.cuts)} of {run_lengths(best.cuts)} layers, schedule {best.candidate.schedule}")
     console.print(f"placement: {placed(best)}", soft_wrap=True)
-    console.print(f"paraxis train {study.recipe} {' '.join(spelled(study.settings(best)))}", soft_wrap=True)
+    layout = best.candidate.layout
+    said = {f"parallel.{field}" for field in layout_settings(layout)}
+    others = {path: value for path, value in study.settings(best).items() if path not in said}
+    console.print(f"paraxis train {study.recipe} {' '.join([f'--layout={layout}', *spelled(others)])}", soft_wrap=True)
