@@ -40,8 +40,8 @@ class ParallelConfig:
     async_tp: Annotated[bool, "with tp: activations travel between ranks while others of them are being multiplied"] = False
     reshard: Annotated[
         Literal["auto", "always", "never"],
-        "free a block's gathered parameters after its forward (always), or keep them for backward (never); auto frees them when fsdp > 1, "
-        "except in a pipeline whose stages fit, where they are gathered once a step",
+        "free a block's gathered parameters after its forward (always), or keep them for backward (never); auto frees them when "
+        "fsdp x cp > 1, except in a pipeline whose stages fit, where they are gathered once a step",
     ] = "auto"
     reduce: Annotated[
         Literal["auto", "micro_batch", "step"],

@@ -58,7 +58,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What a rank's steps took under a limit (0: none). Peaks in GiB; `step_s` is the mean step after the warm-up, None where there was
+    """What a rank's steps took under a limit (0: none). Peaks in GiB; `step_s` is the median step after the warm-up, None where there was
     none."""
 
     limit_gib: float

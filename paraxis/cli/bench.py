@@ -31,7 +31,6 @@ usage: paraxis bench step RECIPE [--field=value ...] [options]
        paraxis bench loss RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
        paraxis bench collectives [--ranks N] [--quick] [--name NAME] [--out FILE] [--json]
        paraxis bench placement RECIPE [--field=value ...] [--cluster FILE] [--hosts N] [--matrices N] [--name NAME] [--out FILE] [--json]
-       paraxis bench placement RECIPE [--field=value ...] [--cluster FILE] [--hosts N] [--matrices N] [--name NAME] [--out FILE] [--json]
        paraxis bench planner [--rows DIR] [--first N] [--calibrate] [--name NAME] [--out FILE] [--json]
        paraxis bench planner --measured FILE --cluster NAME [--name NAME] [--out FILE] [--json]
        paraxis bench table FILE ... | --into PAGE
@@ -59,16 +58,17 @@ startup runs every row to the end of its first step: once with empty caches (com
 with what the first has left; seconds from the launch of the command.
 
 data measures, in tokens/s, the reading of training rows by one reader, for each kind of packing, and the making of shards in 1 and
-in N processes (default: one for every four cores; no more than the data have parts) beside the bare tokenizer: the median of N
+in N processes (default: one for every four cores; no more than the data have parts) and of chunks as data.tokenize=live makes them, beside
+the bare tokenizer: the median of N
 rounds (default: 5).
 
 checkpoint saves and loads a state of so many GiB (default: 1) on so many ranks (default: 1 and 2 CPU processes, or 1 and all GPUs) in a
 folder made in DIR (default: that for temporary files): in the foreground, without hashing, in the background, and by torch's own DCP,
 beside as many bare bytes written, synced and read; medians of N runs (default: 3), reads from the disk.
 
-memory trains a few steps (default: 5) of every row on made data, without files, and reports the peaks of allocated and reserved memory
-and the step time; a row with --limits=GIB,GIB runs again with so little memory each time, which shows what it can do with, and one
-with --recipe=NAME is of another recipe. bench planner reads its results.
+memory trains a few steps (default: 5, of which two are not timed) of every row on made data, without files, and reports the peaks of
+allocated and reserved memory and the step time; a row with --limits=GIB,GIB runs again with so little memory each time, which shows what
+it can do with, and one with --recipe=NAME is of another recipe. bench planner reads its results.
 
 attention times every backend on the heads, sequence length and micro-batch of the recipe, with whole rows and with documents of 1,000
 tokens; loss times the vocabulary projection with its cross-entropy in chunks of several sizes, beside the plain one and, on a GPU where
@@ -86,10 +86,6 @@ placement places the recipe's ranks on N hosts (default: 16) like that of a clus
 40 %, in N made matrices each (default: 3), and reports how much of the step's communication time is saved: of hosts in the order of
 their numbers and in random ones, as measured and on a second snapshot of the same links. On a laptop.
 
-placement places the recipe's ranks on N hosts (default: 16) like that of a cluster file (default: dgx_h100) whose links differ by 0 to
-40 %, in N made matrices each (default: 3), and reports how much of the step's communication time is saved: of hosts in the order of
-their numbers and in random ones, as measured and on a second snapshot of the same links. On a laptop.
-
 table prints results files as Markdown; with --into, it makes the tables marked in a page again instead, from the files of
 bench/results that the marks name: <!-- table: step-... --> to <!-- end of table -->.
 
@@ -99,7 +95,6 @@ examples:
   paraxis bench step llama3_8b --train.micro_batch=2 --data.paths=text.jsonl --data.tokenizer=titan/assets --against titan --titan titan
   paraxis bench checkpoint --gib 8 --folder /scratch
   paraxis bench memory llama3_8b --model.layers=8 --row "one: --train.micro_batch=1" --row "two: --train.micro_batch=2 --limits=60,58"
-  paraxis bench placement llama3_70b --parallel.pp=4 --parallel.tp=8 --parallel.microbatches=16
   paraxis bench placement llama3_70b --parallel.pp=4 --parallel.tp=8 --parallel.microbatches=16
   paraxis bench table --into docs/performance.md
 """

@@ -83,8 +83,8 @@ def _library(path: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"data.paths: {path} needs the package datasets, which is not installed; pip install 'paraxis[hf]'") from error
+        raise DataError(f"data.paths: {path} needs the package datasets, which is not installed; pip install 'datasets>=4'") from error
     if int(datasets.__version__.partition(".")[0]) < OLDEST:
-        raise DataError(f"data.paths: {path} needs datasets {OLDEST} or later, not {datasets.__version__}; pip install 'paraxis[hf]'")
+        raise DataError(f"data.paths: {path} needs datasets {OLDEST} or later, not {datasets.__version__}; pip install 'datasets>=4'")
     datasets.disable_progress_bars()  # one a rank
     return datasets

@@ -19,7 +19,7 @@ from paraxis.verify.measure import Measured, measure_rank, with_layout
 from paraxis.verify.rows import MadeRows
 from paraxis.verify.shrink import OPTIMIZERS, shrunk, with_optimizer
 
-TIMEOUT_S = 600.0  # for one layout; a small model takes a few, and eight ranks on two cores that others use were seen to take 142
+TIMEOUT_S = 600.0  # for one layout; a small model takes a few, eight ranks on two busy cores minutes
 CLIPPED_TO = 0.5  # of the first step's norm, so that clipping acts
 
 
