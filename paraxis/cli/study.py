@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The answer. `config` is the run before anything was chosen, `tokens` those of a step, `seconds` what answering took."""
+    """The answer. `config` is the run before anything was chosen, `tokens` those of the best one's step, `seconds` what answering took."""
 
     recipe: str
     config: RunConfig
@@ -89,7 +89,7 @@ def _searched(question: Question, effort: Effort) -> Study:
         config=config,
         cluster=cluster,
         ranks=ranks,
-        tokens=config.train.global_tokens,
+        tokens=(lacking.option if lacking else found.options[0]).candidate.rows * config.data.seq_len,
         found=found,
         lacking=lacking,
         given=fixed,

@@ -27,8 +27,8 @@ SPLIT_BACKWARD = ("zbh1", "zbv", "dualpipev")
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run: what a search sets in a configuration. Idle settings are as `base.layout.IDLE` has them; `micro_batches` is what
-    follows for a step."""
+    """One way to run: what a search sets in a configuration. Idle settings are as `base.layout.IDLE` has them; `stages_a_rank` is 0 where
+    the schedule has one a rank in any case; `micro_batches` is what follows for a step."""
 
     degrees: Degrees
     micro_batch: int
@@ -48,6 +48,11 @@ class Candidate:
     def chunks(self) -> int:
         """Pipeline stages of each rank."""
         return self.stages_a_rank or 1
+
+    @property
+    def rows(self) -> int:
+        """Of a step, over all data ranks."""
+        return self.degrees.data_ranks * self.micro_batch * self.micro_batches
 
     @cached_property
     def layout(self) -> str:
@@ -95,18 +100,23 @@ def candidate_of(config: RunConfig, ranks: int) -> Candidate:
     parallel, degrees = config.parallel, config.parallel.degrees.filling(ranks)
     schedule = "1f1b" if parallel.schedule == "auto" and degrees.pp > 1 else parallel.schedule
     usual = SCHEDULES[schedule].stages_a_rank or 2 if schedule in SCHEDULES else 1
-    chunks = parallel.stages_a_rank or usual
     return Candidate(
         degrees=degrees,
         micro_batch=config.train.micro_batch,
         micro_batches=config.rows_per_step(degrees) // (degrees.data_ranks * config.train.micro_batch),
         schedule=schedule,
-        stages_a_rank=chunks if chunks > 1 and degrees.pp > 1 else 0,
+        stages_a_rank=_stages_a_rank(schedule, parallel.stages_a_rank or usual) if degrees.pp > 1 else 0,
         cp_kind=parallel.cp_kind,
         cp_ulysses=parallel.cp_ulysses,
         remat=config.remat.mode,
         reshard=parallel.reshard,
     )
+
+
+def _stages_a_rank(schedule: str, chunks: int) -> int:
+    """`Candidate.stages_a_rank` for so many: 1 has to be said where training would take another number."""
+    known = SCHEDULES.get(schedule)
+    return chunks if chunks > 1 or (known is not None and known.stages_a_rank is None) else 0
 
 
 def differing(config: RunConfig, base: RunConfig) -> dict[str, Any]:
@@ -303,7 +313,7 @@ class Space:
                 continue
             for chunks in [known.stages_a_rank] if known.stages_a_rank else [wanted] if wanted else CHUNKS:
                 if pp * chunks <= layers and wanted in (0, chunks) and cuts in (0, pp * chunks):
-                    found.append((name, chunks if chunks > 1 else 0))
+                    found.append((name, _stages_a_rank(name, chunks)))
         return found
 
     def _cannot_split(self, name: str) -> bool:

@@ -10,6 +10,7 @@ from paraxis.plan.candidates import Candidate, Space
 from paraxis.plan.closed import Costs
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.search import Option, Search, trace_all
+from paraxis.train.check import check
 
 # What is changed first: what costs time alone, then how the work is cut.
 ORDER = ("remat.mode", "parallel.reshard", "train.micro_batch", "parallel.schedule", *(f"parallel.{axis}" for axis in DEGREES))
@@ -43,19 +44,23 @@ class Lacking:
 
 
 def least(search: Search) -> Option:
-    """The option with the least memory by estimate, traced if there is time."""
+    """The option with the least memory by estimate, traced if there is time. Raises ConfigError where training refuses it."""
     families = search.space.families()
     found = min((one for family in families for one in search.space.members(family)[:1]), key=_memory(search.costs))
     option = search.estimate(found)
+    check(option.config, search.space.ranks, search.space.model)
     return next(iter(trace_all([option], search.cluster, search.space.ranks, search.left_s())), option)
 
 
 def _memory(costs: Costs) -> Any:
-    return lambda candidate: (sum(costs.memory(candidate).values()), costs.least_s(candidate))
+    return lambda candidate: (sum(costs.memory(candidate).values()), costs.least_s(candidate) / candidate.rows)
 
 
 def find_lacking(search: Search) -> Lacking:
-    """What `search`, which found nothing, lacks. Changes are looked for where even the least option does not fit."""
+    """What `search`, which found nothing, lacks. Changes are looked for where even the least option does not fit.
+
+    Raises ConfigError where it found nothing because of what training refuses.
+    """
     option = least(search)
     lacks = option.reserved - option.usable
     ratio = option.reserved / sum(search.costs.memory(option.candidate).values())
@@ -92,12 +97,14 @@ def _fitting(space: Space, cluster: Cluster, search: Search, ratio: float) -> Op
     other = Search(space, cluster, search.effort)
     costs = other.costs
     smallest = (one for family in space.families() for one in space.members(family)[:1])
-    fitting = sorted((one for one in smallest if sum(costs.memory(one).values()) * ratio <= costs.usable), key=costs.least_s)
+    fitting = sorted(
+        (one for one in smallest if sum(costs.memory(one).values()) * ratio <= costs.usable), key=lambda one: costs.least_s(one) / one.rows
+    )
     if not fitting:
         return None
     option = other.estimate(min(fitting[:FASTEST], key=lambda one: _distance(one, space)))
     told = next(iter(trace_all([option], cluster, space.ranks, search.left_s())), option)
-    return told if told.fits or told.source == "simulated" else None
+    return told if other.accepts(told) and (told.fits or told.source == "simulated") else None
 
 
 def _distance(candidate: Candidate, space: Space) -> int:

@@ -89,6 +89,8 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
     stages = build_stages(config, degrees, whole_model(config))
     first = [pipeline_rank * ranks // degrees.pp for pipeline_rank in range(degrees.pp)]
     places = [Place(cluster, rank, placement, degrees) for rank in first]
+    splits = stages is not None and stages.schedule.splits_backward  # for which `compile=auto` is none
+    compiled = config.compile == "inductor" or (config.compile == "auto" and not splits)
     traced: dict[object, tuple[Sketch, Steps]] = {}
     sketches: list[Sketch] = []
     steps: list[Steps] = []
@@ -97,7 +99,6 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
         kind = (_kind(stages, number) if stages else None), device
         if kind not in traced:
             found = sketch(config, ranks, first[number], device, exact=exact)
-            compiled = config.compile not in ("none", "aot_eager")
             traced[kind] = found, Steps(found.base, place, compiled, found.extra, found.leading)
         one, own = traced[kind]
         if stages:

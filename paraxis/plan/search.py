@@ -131,9 +131,9 @@ class Search:
         return float("inf") if self.effort.seconds is None else self.started_s + self.effort.seconds - time.monotonic()
 
     def _best(self, families: Sequence[Candidate], memory: float, keep: int) -> None:
-        """Simulates until the `keep` fastest that take no more than `memory` are known."""
+        """Simulates until the `keep` fastest that take no more than `memory` are known: by seconds a row, as steps may differ in theirs."""
         costs = self.costs
-        waiting = [(costs.least_s(family), number, False) for number, family in enumerate(families)]
+        waiting = [(costs.least_s(family) / family.rows, number, False) for number, family in enumerate(families)]
         heapq.heapify(waiting)
         best: list[float] = []  # without repetitions: many candidates come to the same
         limit = len(self.simulated) + (self.effort.simulated if keep > 2 else self.effort.simulated // 5)
@@ -145,14 +145,14 @@ class Search:
             family = families[number]
             if not bounded:
                 if self._takes(family) <= memory:
-                    heapq.heappush(waiting, (costs.bound_s(family), number, True))
+                    heapq.heappush(waiting, (costs.bound_s(family) / family.rows, number, True))
                 continue
             for member in self.space.members(family):
                 if self._takes(member) <= memory:
                     if member not in self.simulated:
                         self.simulated[member] = self._evaluate(member)
-                    if (step_s := round(self.simulated[member].step_s, 12)) not in best:
-                        insort(best, step_s)
+                    if (seconds := round(self.simulated[member].step_s / member.rows, 15)) not in best:
+                        insort(best, seconds)
 
     def _takes(self, candidate: Candidate) -> float:
         return sum(self.costs.memory(candidate).values())
@@ -204,11 +204,11 @@ class Search:
         """All options with what traces said, in order."""
         known = [traced.get(one.candidate) or _scaled(one, *_ratio(one, options, traced, known=True)) for one in options]
         fitting = sorted((one for one in known if one.fits), key=_by_time)
-        best = simplest_first(list(islice(filter(self._accepted, fitting), self.effort.keep)))
+        best = simplest_first(list(islice(filter(self.accepts, fitting), self.effort.keep)))
         fastest = max((one.tokens_per_s for one in best), default=0.0)
         return Found(
             options=best,
-            pareto=[one for one in pareto(fitting) if self._accepted(one)],
+            pareto=[one for one in pareto(fitting) if self.accepts(one)],
             refused=sorted((one for one in known if not one.fits and one.tokens_per_s > fastest), key=_by_time),
             candidates=self.candidates,
             simulated=len(self.simulated),
@@ -216,7 +216,7 @@ class Search:
             complete=self.complete,
         )
 
-    def _accepted(self, option: Option) -> bool:
+    def accepts(self, option: Option) -> bool:
         """Whether training's own checks let it pass: what a search proposes has to."""
         with suppress(ConfigError):
             check(option.config, self.space.ranks, self.space.model)

@@ -127,6 +127,41 @@ def test_nothing_that_fits_says_how_much_is_lacking(tmp_path: Path, capsys: pyte
     assert f"lacks {answer['lacking']['bytes'] / 2**30:.3g} GiB" in capsys.readouterr().out
 
 
+def test_a_step_whose_micro_batches_are_set_has_the_tokens_of_the_best_layout(cluster: Path, capsys: pytest.CaptureFixture[str]):
+    fixed = [*FEW, "--parallel.fsdp=2", "--remat.mode=none", "--parallel.microbatches=3", "--data.seq_len=64"]
+    answer = told(capsys, "debug", "--cluster", cluster, "--gpus", "2", "--seconds", "60", *fixed)
+    best = answer["plans"][0]
+    assert best["micro_batches"] == 3
+    assert answer["tokens_per_step"] == 2 * 2 * 3 * 64
+    assert answer["tokens_per_step"] == pytest.approx(best["tokens_per_s"] * best["step_s"] * 2)
+
+
+FORGETFUL = """
+from dataclasses import dataclass, replace
+from torch import nn
+from paraxis.recipes.find import find
+
+base = find("debug")[0]
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetful(type(base.model)):
+    def build(self):
+        model = super().build()
+        model.forgets = nn.Dropout(0.1)
+        return model
+
+def forgetful():
+    return replace(base, name="forgetful", model=Forgetful(**vars(base.model)))
+"""
+
+
+def test_a_run_that_training_refuses_is_refused_for_the_same_reason(cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "forgetful.py").write_text(FORGETFUL)
+    words = ["plan", f"{tmp_path}/forgetful.py:forgetful", "--cluster", str(cluster), "--gpus", "2", "--seconds", "60", *FIXED]
+    assert main(words) not in (0, plan.NOTHING_FITS)
+    assert "forgets drops out at random" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_asked_for(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="needs --cluster"):
         plan.run(["debug"])

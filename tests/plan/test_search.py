@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch import nn
 
 from paraxis.base.axes import Degrees
 from paraxis.base.errors import ConfigError
+from paraxis.base.layout import laid_out
 from paraxis.base.schedule import most_in_flight
 from paraxis.base.schedules import SCHEDULES, Plan, build_schedule
-from paraxis.plan.candidates import Candidate, Space, planned
+from paraxis.plan import lacking
+from paraxis.plan.candidates import Candidate, Space, candidate_of, planned
 from paraxis.plan.cluster_file import read_cluster
 from paraxis.plan.explain import why_slower
 from paraxis.plan.hardware import Cluster
@@ -169,6 +172,28 @@ def test_no_bound_is_above_what_it_bounds():
         assert search.costs.bound_s(one) <= search.estimate(one).step_s * (1 + 1e-9)
 
 
+def test_steps_that_differ_in_rows_are_compared_by_the_row():
+    fixed = {"parallel.microbatches": 4, "parallel.pp": 1, "parallel.cp": 1}
+    config = config_of({"model.layers": 4, "model.width": 256, **fixed})
+    space = Space(planned(config, 4, fixed), on_meta(config), 4, fixed)
+    search = search_of(space, keep=2)
+    everything = [search.estimate(one) for one in space]
+    assert len({one.candidate.rows for one in everything}) > 1
+    for one in everything:
+        assert one.candidate.rows == one.config.rows_per_step(one.candidate.degrees)
+    found = search_of(space, keep=2).run()
+    assert max(one.tokens_per_s for one in found.options) == max(one.tokens_per_s for one in everything if one.fits)
+
+
+@pytest.mark.parametrize("layout", ["pp2.bfs1", "pp2.interleaved1", "pp2.bfs3", "pp2.zbv", "pp2.1f1b"])
+def test_the_layout_of_a_candidate_is_the_one_it_was_made_of(layout: str):
+    config = config_of({**SMALL, "model.layers": 8, **laid_out({}, layout)})
+    one = candidate_of(config, 2)
+    assert one.layout == layout
+    fixed = {"parallel.pp": 2, "parallel.schedule": one.schedule, "parallel.stages_a_rank": config.parallel.stages_a_rank}
+    assert {other.layout for other in Space(config, on_meta(config), 2, fixed)} == {layout}
+
+
 def test_every_option_is_one_that_training_accepts():
     space = space_of(8, {})
     found = search_of(space).run()
@@ -213,15 +238,31 @@ def test_what_fits_nowhere_lacks_what_a_trace_says(apart: Callable[..., Any]):
     def said() -> tuple[float, float, list[tuple[dict[str, Any], int]]]:
         search = search_of(space, gib, traced=1)
         assert not search.run().options
-        lacking = find_lacking(search)
-        again = traced(lacking.option, search.cluster, 2)
+        found = find_lacking(search)
+        again = traced(found.option, search.cluster, 2)
         assert again.prediction is not None
-        return lacking.bytes, again.prediction.reserved - int(gib * 2**30), [(dict(c.settings), c.devices) for c in lacking.changes]
+        return found.bytes, again.prediction.reserved - int(gib * 2**30), [(dict(c.settings), c.devices) for c in found.changes]
 
     lacks, wanted, changes = apart(said)
     assert lacks == pytest.approx(wanted, rel=1e-6)
     assert lacks > 0
     assert any("train.micro_batch" in settings for settings, _ in changes)
+
+
+def test_no_change_is_proposed_that_training_refuses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lacking, "trace_all", lambda *_: [])
+    space = space_of(1, {"remat.mode": "full", "train.micro_batch": 1})
+    gib = 0.7 * min(search_of(space).estimate(one).reserved for one in space) / 2**30
+    forgets = on_meta(space.config)
+    forgets.add_module("forgets", nn.Dropout(0.1))  # runs on one rank alone
+
+    def added(space: Space) -> list[int]:
+        return [change.devices for change in find_lacking(search_of(space, gib)).changes if change.devices]
+
+    assert added(space) == [1]
+    assert added(replace(space, model=forgets)) == []
+    with pytest.raises(ConfigError, match="forgets drops out at random"):
+        find_lacking(search_of(replace(space, ranks=2, model=forgets), gib))
 
 
 def test_nothing_to_choose_from_is_refused_with_what_was_set():

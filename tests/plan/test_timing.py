@@ -154,6 +154,12 @@ def test_more_work_takes_longer_and_compiling_less(apart: Callable[..., Any]):
     assert plain.tokens_per_s == pytest.approx(1024 / plain.step_s)
 
 
+def test_a_backward_that_is_split_is_timed_as_it_runs_which_is_not_compiled(apart: Callable[..., Any]):
+    settings = {"parallel.pp": 2, "parallel.schedule": "zbh1", "parallel.microbatches": 4, "model.layers": 4}
+    auto, none = apart(lambda: [predicted(2, {**settings, "compile": mode}).step_s for mode in ("auto", "none")])
+    assert auto == none
+
+
 def test_ranks_that_are_placed_across_hosts_wait_for_the_slower_link(apart: Callable[..., Any]):
     settings = {"parallel.tp": 2, "model.layers": 4, "data.seq_len": 4096}
 
