@@ -14,7 +14,7 @@ from paraxis.optim.build import state_names
 from paraxis.plan.blocks import BlockKind, Multiplied
 from paraxis.plan.candidates import Candidate
 from paraxis.plan.hardware import ExchangeKind
-from paraxis.plan.holdings import Holdings
+from paraxis.plan.holdings import Holdings, cut_bytes
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,21 @@ class Costs(Holdings):
         return self._known[key]
 
     def _block(self, candidate: Candidate, kind: BlockKind) -> BlockTime:
-        d, tokens = candidate.degrees, self.tokens(candidate)
+        tokens = self.tokens(candidate)
         products = [self._product(one, tokens, candidate) for one in kind.products]
         attended = self._attention_s(kind, tokens, candidate, backward=False)
-        moved = self.device.moving_s(kind.moved * tokens / d.tp) if kind.moved else 0.0
+        moved = self.device.moving_s(self.moved(kind, candidate) * tokens) if kind.moved else 0.0
         forward = sum(one[0] for one in products) + attended + moved
         sent, sent_back = self._exchanges(candidate, kind, attended)
-        again = {"full": (forward, sent), "selective": (moved, sent / 2)}.get(candidate.remat, (0.0, 0.0))
+        every = self.every(candidate)
+        again = {"full": (forward / every, sent / every), "selective": (moved / every, sent / 2 / every)}.get(candidate.remat, (0.0, 0.0))
         back = sum(one[1] for one in products) + self._attention_s(kind, tokens, candidate, backward=True) + 2 * moved
         return BlockTime(forward, sent, back + again[0], sent_back + again[1], sum(one[2] for one in products), 0.0, 0.0)
+
+    def moved(self, kind: BlockKind, candidate: Candidate) -> float:
+        """Bytes of a token that a rank's cheap kernels move. Without sequence parallelism each rank has the norm before every module that
+        is cut, and the sum after it, of the whole stream: two numbers read and two written, merged to one kernel."""
+        return cut_bytes(kind.moved, 0.0 if self.config.parallel.sequence_parallel else 4 * kind.gathers * kind.input, candidate.degrees.tp)
 
     def _product(self, one: Multiplied, tokens: int, candidate: Candidate) -> tuple[float, float, float]:
         """Forward, gradient of the input, gradient of the weight."""

@@ -115,19 +115,27 @@ class Holdings:
         compute, reduce, master = dtypes.compute.itemsize, dtypes.reduce.itemsize, dtypes.master.itemsize
         dense, routed, largest, outside = self._entries(candidate, rank)
         stored, whole = self.stored(candidate, rank), dense + routed
-        frees = candidate.reshard == "always" or (candidate.reshard == "auto" and d.pp == 1)
-        gathered = (outside + 2 * largest if frees else whole) * compute if d.shards * d.dp > 1 or compute != master else 0
+        at_once = min(outside + 2 * largest, whole) if self.frees(candidate) else whole
+        gathered = at_once * compute if d.shards * d.dp > 1 or compute != master else 0
         each = self.reduces_each(candidate)
         earlier = (stored * master if each else whole * reduce) if candidate.micro_batches > 1 else 0.0
-        kept, working = self._activations(candidate, rank)
+        first, last = self._activations(candidate, rank)
+        # Backward begins with all activations, and ends with all gradients.
+        begins, ends = (earlier, first), (max(earlier, stored * master), last)
+        gradients, activations = max(begins, ends, key=sum)
         held = {
             "parameters": stored * master + gathered,
-            "gradients": max(earlier, stored * master if kept == 0 else 0.0),
+            "gradients": gradients,
             "optimizer": stored * master * len(state_names(self.config.optim)),
-            "activations": kept + working,
+            "activations": activations,
             "communication": largest * (compute + reduce) if d.shards * d.dp > 1 else 0.0,
         }
         return {**held, "fragmentation": FRAGMENTATION * sum(held.values())}
+
+    def frees(self, candidate: Candidate) -> bool:
+        """Whether gathered parameters are let go between uses, as `train/choose.py` would have it; in a pipeline, of small stages."""
+        d = candidate.degrees
+        return candidate.reshard == "always" or (candidate.reshard == "auto" and d.pp == 1 and d.shards > 1)
 
     def reduces_each(self, candidate: Candidate) -> bool:
         """Whether gradients are reduced after each micro-batch, as `train/choose.py` would have it."""
@@ -137,37 +145,53 @@ class Holdings:
         return not candidate.splits_backward and entries * self.dtypes.reduce.itemsize > WHOLE_GRADIENT_SHARE * self.device.memory_bytes
 
     def _activations(self, candidate: Candidate, rank: int) -> tuple[float, float]:
-        """What is kept for backward, and what one block and the head work with."""
+        """As backward begins, what is kept for it and what the head, or a block, works with; as it ends, what a block does."""
         c, d = candidate, candidate.degrees
         key = "kept", d.pp, d.cp, d.tp, c.micro_batch, c.schedule, c.chunks, c.remat, rank, in_flight(c, rank), self._compiles(c)
         if key not in self._known:
-            self._known[key] = self._kept_and_working(candidate, rank)
+            self._known[key] = self._first_and_last(candidate, rank)
         return self._known[key]
 
-    def _kept_and_working(self, candidate: Candidate, rank: int) -> tuple[float, float]:
+    def _first_and_last(self, candidate: Candidate, rank: int) -> tuple[float, float]:
         d, tokens = candidate.degrees, self.tokens(candidate)
         blocks, _ = self._own(candidate, rank)
         if not blocks:
             return 0.0, 0.0
         sizes = [self.kept(kind, candidate) * tokens for kind in blocks]
-        full = max(self._whole(kind, candidate) for kind in blocks) * tokens
-        working = 0.0 if candidate.remat == "none" else full
+        block = 0.0 if candidate.remat == "none" else max(self._whole(kind, candidate) for kind in blocks) * tokens
+        working = block
         if self.holder(candidate)[-1] == rank:
             rows, width = self.shape(candidate).ends.head
             chunk = min(tokens, CHUNK_TOKENS) * rows / d.tp * (2 * self.dtypes.compute.itemsize + 4)
             working = max(working, chunk + rows / d.tp * width * (self.dtypes.compute.itemsize + 4))
         flying = in_flight(candidate, rank) / candidate.chunks
-        return flying * sum(sizes), working
+        return flying * sum(sizes) + working, block
 
     def _whole(self, kind: BlockKind, candidate: Candidate) -> float:
-        tp = candidate.degrees.tp
-        return kind.whole / tp + (kind.gathers * kind.input if tp > 1 else 0.0)
+        # Each rank has the whole input of every module that is cut; without sequence parallelism also that of the norm before it.
+        inputs = kind.gathers * (1 if self.config.parallel.sequence_parallel else 2)
+        return cut_bytes(kind.whole, inputs * kind.input, candidate.degrees.tp)
 
     def kept(self, kind: BlockKind, candidate: Candidate) -> float:
-        """Bytes that a block keeps of a token for backward."""
-        if candidate.remat == "full":
-            return kind.input / candidate.degrees.tp
-        return kind.costly / candidate.degrees.tp if candidate.remat == "selective" else self._whole(kind, candidate)
+        """Bytes that a block keeps of a token for backward, on average; of a budget and of `auto`, which keep more where it fits, the
+        least."""
+        whole, tp = self._whole(kind, candidate), candidate.degrees.tp
+        if candidate.remat == "none":
+            return whole
+        least = kind.costly if candidate.remat == "selective" else kind.input
+        least = cut_bytes(least, 0.0 if self.config.parallel.sequence_parallel else kind.input, tp)
+        every = self.every(candidate)
+        return least / every + whole * (1 - 1 / every)
+
+    def every(self, candidate: Candidate) -> int:
+        """One of how many blocks computes activations again."""
+        return self.config.remat.every if candidate.remat == self.config.remat.mode else 1
+
+
+def cut_bytes(bytes: float, whole: float, tp: int) -> float:
+    """What a rank has of `bytes`, of which up to `whole` are not cut."""
+    whole = min(bytes, whole)
+    return whole + (bytes - whole) / tp
 
 
 def in_flight(candidate: Candidate, rank: int) -> int:

@@ -111,10 +111,8 @@ class _Steps:
         d = candidate.degrees
         self.time, self._link = time, link
         self._inner = costs.link(d.tp, 1) if d.tp > 1 else link
-        self.frees = candidate.reshard == "always" or (candidate.reshard == "auto" and d.pp == 1)
-        self.keeps = d.pp > 1 and not self.frees  # from one micro-batch to the next
+        self.frees = costs.frees(candidate)
         self.each = costs.reduces_each(candidate)
-        self.again = candidate.remat == "full"
 
     def _blocks(self) -> list[BlockTime]:
         return [one for one, times in self.time.parts for _ in range(times)]

@@ -1,6 +1,6 @@
 """The search: what it may choose from, that pruning loses nothing, what it proposes, and what it says where nothing fits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
@@ -14,16 +14,21 @@ from paraxis.base.errors import ConfigError
 from paraxis.base.layout import laid_out
 from paraxis.base.schedule import most_in_flight
 from paraxis.base.schedules import SCHEDULES, Plan, build_schedule
+from paraxis.parallel.world import World
 from paraxis.plan import lacking
 from paraxis.plan.candidates import Candidate, Space, candidate_of, planned
+from paraxis.plan.closed import Costs
 from paraxis.plan.cluster_file import read_cluster
 from paraxis.plan.explain import why_slower
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.holdings import in_flight
 from paraxis.plan.lacking import find_lacking
+from paraxis.plan.memory import coordinates
+from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.search import ALIKE, Effort, Option, Search, distinct, pareto, simplest_first, traced
 from paraxis.recipes.find import find
 from paraxis.train.check import check, on_meta
+from paraxis.train.choose import build_strategy
 from paraxis.train.config import RunConfig
 
 SMALL: dict[str, object] = {"model.layers": 4, "train.global_tokens": 16 * 64}
@@ -192,6 +197,49 @@ def test_the_layout_of_a_candidate_is_the_one_it_was_made_of(layout: str):
     assert one.layout == layout
     fixed = {"parallel.pp": 2, "parallel.schedule": one.schedule, "parallel.stages_a_rank": config.parallel.stages_a_rank}
     assert {other.layout for other in Space(config, on_meta(config), 2, fixed)} == {layout}
+
+
+def held_by(settings: dict[str, object], ranks: int) -> Mapping[str, float]:
+    """What an estimate says of the fullest rank, of a layout without anything to choose."""
+    config = config_of({"model.layers": 4, "model.width": 256, "data.seq_len": 512, **settings})
+    return Costs(config, on_meta(config), cluster_of(ranks), ranks).memory(candidate_of(config, ranks))
+
+
+@pytest.mark.parametrize("settings", [{"parallel.dp": 2}, {"parallel.fsdp": 2}, {"parallel.fsdp": 2, "parallel.reshard": "never"}])
+def test_parameters_are_estimated_to_be_freed_where_training_frees_them(settings: dict[str, object]):
+    config = config_of(settings)
+    world = World(0, 2, 0, PretendedDevice("cpu", 0, "NVIDIA H100 80GB HBM3", 79 << 30), dist.HashStore())
+    strategy = build_strategy(config, world, coordinates(0, config.parallel.degrees), None, on_meta(config))
+    costs = Costs(config, on_meta(config), cluster_of(2), 2)
+    assert costs.frees(candidate_of(config, 2)) == strategy.reshard
+
+
+def test_backward_is_estimated_to_end_with_all_gradients():
+    config = config_of({"model.layers": 8, "remat.mode": "full"})
+    costs = Costs(config, on_meta(config), cluster_of(1), 1)
+    assert costs.memory(candidate_of(config, 1))["gradients"] == 4 * sum(p.numel() for p in on_meta(config).parameters())
+
+
+def test_recomputing_every_second_block_is_estimated_between_all_and_none():
+    runs = {"none": {}, "full": {}, "second": {"remat.mode": "full", "remat.every": 2}, "budget": {"remat.budget": 1.0}}
+    held = {name: held_by({"remat.mode": name, **more, "train.micro_batch": 8}, 1)["activations"] for name, more in runs.items()}
+    assert held["none"] > held["second"] > held["full"] == held["budget"]
+    common = {"model.layers": 4, "remat.mode": "full"}
+    configs = [config_of({**common, "remat.every": every}) for every in (1, 2)]
+    all_of_them, second = (Costs(one, on_meta(one), cluster_of(1), 1).bound_s(candidate_of(one, 1)) for one in configs)
+    assert all_of_them > second
+
+
+def test_without_sequence_parallelism_a_rank_is_estimated_to_hold_and_move_more():
+    for mode in ("none", "full"):
+        common: dict[str, object] = {"model.layers": 8, "remat.mode": mode, "train.micro_batch": 8}
+        layouts: list[dict[str, object]] = [{}, {"parallel.tp": 2, "parallel.sequence_parallel": False}, {"parallel.tp": 2}]
+        configs = [config_of({**common, **one}) for one in layouts]
+        costs = [Costs(one, on_meta(one), cluster_of(2), one.parallel.tp) for one in configs]
+        candidates = [candidate_of(one.config, one.ranks) for one in costs]
+        for of in (Costs.kept, Costs.moved):
+            alone, whole, cut = (of(c, c.shape(one).kinds[0], one) for c, one in zip(costs, candidates, strict=True))
+            assert alone >= whole > cut
 
 
 def test_every_option_is_one_that_training_accepts():
