@@ -163,6 +163,12 @@ class Space:
             raise ConfigError(
                 f"parallel.schedule={schedule} is for one layout, not for a search; give --layout, or one of {', '.join(SCHEDULES)}"
             )
+        cuts = self.config.parallel.cuts
+        if cuts and sum(cuts) != self._blocks:
+            raise ConfigError(
+                f"parallel.cuts={','.join(map(str, cuts))} gives stages {sum(cuts)} layers in all, and the model has {self._blocks}; "
+                "let the two agree, or leave it out"
+            )
 
     def __iter__(self) -> Iterator[Candidate]:
         """Every candidate, in a fixed order."""
@@ -269,8 +275,11 @@ class Space:
     def _pipes(self, pp: int) -> bool:
         if pp == 1:
             return not self._says("pp")
-        blocks = len(self.model.blocks()) if isinstance(self.model, Staged) and hasattr(self.model, "blocks") else 0  # type: ignore[operator]
-        return pp <= blocks
+        return pp <= self._blocks and isinstance(self.model, Staged) and hasattr(self.config.model, "width")
+
+    @cached_property
+    def _blocks(self) -> int:
+        return len(self.model.blocks()) if hasattr(self.model, "blocks") else 0  # type: ignore[operator]
 
     def _experts(self, shards: int, tp: int, fixed: int | None) -> list[int]:
         if not self._routed:
@@ -304,7 +313,6 @@ class Space:
             return [("auto", 0)]
         parallel, found = self.config.parallel, []
         wanted = parallel.stages_a_rank if "parallel.stages_a_rank" in self.fixed else 0
-        layers = len(self.model.blocks())  # type: ignore[operator]
         asked = [parallel.schedule] if "parallel.schedule" in self.fixed and parallel.schedule != "auto" else list(SCHEDULES)
         cuts = len(parallel.cuts) if "parallel.cuts" in self.fixed else 0
         for name in asked:
@@ -312,7 +320,7 @@ class Space:
             if micro_batches < known.least(pp) or (known.in_groups and micro_batches % pp) or self._cannot_split(name):
                 continue
             for chunks in [known.stages_a_rank] if known.stages_a_rank else [wanted] if wanted else CHUNKS:
-                if pp * chunks <= layers and wanted in (0, chunks) and cuts in (0, pp * chunks):
+                if pp * chunks <= self._blocks and wanted in (0, chunks) and cuts in (0, pp * chunks):
                     found.append((name, _stages_a_rank(name, chunks)))
         return found
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from paraxis.base.axes import AXES, Degrees
+from paraxis.base.errors import ConfigError
 from paraxis.base.schedule import Action, Schedule, write_csv
 from paraxis.parallel.world import World
 from paraxis.plan.pieces import FEW, TYPICAL, Held, Part, Piece, cut, extended, stored
@@ -175,10 +176,25 @@ class Step:
         return Peak(dict(zip(CATEGORIES, held[at].tolist(), strict=True)), piece.kind, piece.stage, block if in_block else -1)
 
 
+def refuse_untraceable(config: RunConfig, model: nn.Module) -> None:
+    """Raises ConfigError for a model (on the meta device) that says too little of itself for this run to be traced."""
+    name = type(model).__name__
+    if not hasattr(model, "blocks"):
+        raise ConfigError(
+            f"a run of {name} cannot be planned: it has no blocks(), of which a few are traced for all; see docs/how-to-add-a-model.md"
+        )
+    if config.parallel.pp > 1 and not hasattr(config.model, "width"):
+        raise ConfigError(
+            f"parallel.pp={config.parallel.pp} cannot be planned: {type(config.model).__name__} has no field `width`, the size of what a "
+            f"stage of {name} hands to the next; add it, or use pp=1"
+        )
+
+
 def sketch(config: RunConfig, ranks: int, rank: int, device: PretendedDevice, *, exact: bool = False) -> Sketch:
     """Traces rank `rank` of `ranks`; all of its blocks and micro-batches if `exact`. Raises ConfigError for what cannot run."""
     degrees = config.parallel.degrees.filling(ranks)
     whole = whole_model(config)
+    refuse_untraceable(config, whole)
     stages = build_stages(config, degrees, whole)
     at = coordinates(rank, degrees)
     settled = settle(config, World(rank, ranks, 0, device, dist.HashStore()), at, stages, whole)
@@ -187,8 +203,9 @@ def sketch(config: RunConfig, ranks: int, rank: int, device: PretendedDevice, *,
     held = [layers[stage] for stage in own]
     leading = different_at_first(whole)
     mixed = config.remat.every > 1 or config.remat.mode in ("budget", "auto")  # blocks do not all keep the same
+    named = hasattr(config.model, "layers")  # so that fewer can be asked for
     small = layers
-    if not (exact or mixed or leading is None or (leading and stages)):
+    if named and not (exact or mixed or leading is None or (leading and stages)):
         small = [min(count, leading + FEW) if stage in own else 1 for stage, count in enumerate(layers)]
     batches = config.rows_per_step(degrees) // (degrees.data_ranks * config.train.micro_batch)
     message = _message(config, degrees) if stages else 0
@@ -233,22 +250,37 @@ def _traced(config: RunConfig, schedule: Schedule | None, ranks: int, rank: int,
     """The trace of a step, of a pipeline of one that does what `schedule` says; the last ones are remembered."""
     named = config if schedule is None else replace(config, parallel=replace(config.parallel, schedule="auto"))
     key = replace(named, name=""), schedule and (schedule.rank_of, schedule.actions), ranks, rank, device
+    if not _hashable(key):
+        return _made(config, schedule, ranks, rank, device)
     if (found := _TRACES.pop(key, None)) is None:
-        with tempfile.TemporaryDirectory() as folder:
-            if schedule is not None:
-                path = Path(folder) / "schedule.csv"
-                write_csv(schedule, path)
-                config = replace(config, parallel=replace(config.parallel, schedule=str(path)))
-            found = trace_step(config, ranks, rank, device)
+        found = _made(config, schedule, ranks, rank, device)
     _TRACES[key] = found
     if len(_TRACES) > KEPT_TRACES:
         del _TRACES[next(iter(_TRACES))]
     return found
 
 
+def _made(config: RunConfig, schedule: Schedule | None, ranks: int, rank: int, device: PretendedDevice) -> Trace:
+    with tempfile.TemporaryDirectory() as folder:
+        if schedule is not None:
+            path = Path(folder) / "schedule.csv"
+            write_csv(schedule, path)
+            config = replace(config, parallel=replace(config.parallel, schedule=str(path)))
+        return trace_step(config, ranks, rank, device)
+
+
+def _hashable(key: object) -> bool:
+    """Whether it can be remembered: a model's configuration of one's own may have a list in it."""
+    try:
+        hash(key)
+    except TypeError:
+        return False
+    return True
+
+
 def whole_model(config: RunConfig) -> nn.Module:
     """The whole model on the meta device, to be looked at only: the last ones are remembered."""
-    return _built(config.model)
+    return _built(config.model) if _hashable(config.model) else on_meta(config)
 
 
 @functools.lru_cache(maxsize=4)
@@ -277,6 +309,7 @@ def different_at_first(model: nn.Module) -> int | None:
 
 
 def with_layers(config: RunConfig, counts: Sequence[int]) -> RunConfig:
-    """The same run with so many layers in each stage."""
-    model = replace(config.model, layers=sum(counts))
+    """The same run with so many layers in each stage. Where that is all of them, the model's configuration need not name them."""
+    whole = getattr(config.model, "layers", sum(counts)) == sum(counts)
+    model = config.model if whole else replace(config.model, layers=sum(counts))
     return replace(config, model=model, parallel=replace(config.parallel, cuts=tuple(counts) if len(counts) > 1 else ()))

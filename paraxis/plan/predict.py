@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from paraxis.base.axes import Degrees
 from paraxis.base.errors import ConfigError
 from paraxis.base.schedule import Action, Schedule
 from paraxis.plan.hardware import Cluster
-from paraxis.plan.memory import Peak, Sketch, Step, sketch, whole_model
+from paraxis.plan.memory import Peak, Sketch, Step, refuse_untraceable, sketch, whole_model
 from paraxis.plan.pieces import FEW, Part
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.simulate import Item, Played, Player, Span, finished, play_pipeline
@@ -67,8 +68,9 @@ class Prediction:
         return self.reserved <= self.usable
 
 
-def refuse_unpredictable(config: RunConfig) -> None:
-    """Raises ConfigError for what no prediction is made of."""
+def refuse_unpredictable(config: RunConfig, model: nn.Module) -> None:
+    """Raises ConfigError for what no prediction is made of. `model` is the run's, on the meta device."""
+    refuse_untraceable(config, model)
     if config.precision.startswith("float8"):
         raise ConfigError(
             f"precision={config.precision} cannot be planned: float8 products have not been traced without a GPU; plan with "
@@ -81,12 +83,13 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
 
     `exact` traces every block instead of a few. Raises ConfigError for a configuration that cannot run.
     """
-    refuse_unpredictable(config)
+    model = whole_model(config)
+    refuse_unpredictable(config, model)
     placement = range(ranks) if placement is None else placement
     if len(placement) != ranks or ranks > cluster.ranks:
         raise ConfigError(f"{ranks} ranks on {len(placement)} devices of {cluster.name}, which has {cluster.ranks}; give it more (--gpus)")
     degrees = config.parallel.degrees.filling(ranks)
-    stages = build_stages(config, degrees, whole_model(config))
+    stages = build_stages(config, degrees, model)
     first = [pipeline_rank * ranks // degrees.pp for pipeline_rank in range(degrees.pp)]
     places = [Place(cluster, rank, placement, degrees) for rank in first]
     splits = stages is not None and stages.schedule.splits_backward  # for which `compile=auto` is none

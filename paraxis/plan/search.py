@@ -110,7 +110,7 @@ class Search:
 
     def run(self) -> Found:
         """Raises ConfigError where there is no candidate at all, and for a run that cannot be predicted."""
-        refuse_unpredictable(self.space.config)
+        refuse_unpredictable(self.space.config, self.space.model)
         families = list(self.space.families())
         self.candidates = sum(self.space.size(family) for family in families)
         if not families:
