@@ -4,9 +4,9 @@
     predict(config, cluster, ranks, placement=placement.order)
 
 The search knows only links and messages. That data and tensor groups stay within a fast island, and pipelines cross slow links, is what
-it finds where that is cheaper. It permutes blocks of neighbouring devices of a host, and then, where there are few, single devices: two
-change places, one moves elsewhere, or a stretch is turned around (the 2-opt of Croes 1958, Operations Research 6), accepted by simulated
-annealing (Kirkpatrick et al. 1983, Science 220). A move prices again only what it touches.
+it finds where that is cheaper. Up to eight devices it tries every order. Beyond, it permutes blocks of neighbouring devices of a host, and
+then, where there are few, single devices: two change places, one moves elsewhere, or a stretch is turned around (the 2-opt of Croes 1958,
+Operations Research 6), accepted by simulated annealing (Kirkpatrick et al. 1983, Science 220). A move prices again only what it touches.
 
 What is least is a pipeline's critical path: with c_s and o_s for what pipeline rank s's slowest groups take in a micro-batch and once a
 step, and m micro-batches,
@@ -28,6 +28,7 @@ from paraxis.plan.board import Board, Links
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.traffic import Traffic
 
+ALL = 8  # up to so many devices every order is tried: 40,320
 STARTS = 3  # so many of the first orders are searched from
 FEW = 64  # up to so many ranks, single devices move, every order of axes is tried, and every swap at the end
 MOVES_A_PAIR, LEAST_MOVES, MOST_MOVES = 60, 6_000, 24_000
@@ -73,12 +74,15 @@ def place(cluster: Cluster, degrees: Degrees, traffic: Traffic, *, seed: int = 0
     best_s = natural_s = cost_s(cluster, degrees, traffic, best)
     a_host = {pool.devices for pool in cluster.pools}
     block = gcd(ranks, *a_host)
-    for size in sorted({block, 1} if ranks <= FEW else {block}, reverse=True):
-        starts = sorted(_starts(links, degrees, traffic, size, best), key=lambda start: start.cost_s)[:STARTS]
+    few = cluster.ranks <= ALL
+    for size in sorted({1} if few else {block, 1} if ranks <= FEW else {block}, reverse=True):
+        starts = sorted(_starts(links, degrees, traffic, size, best), key=lambda start: start.cost_s)[: 1 if few else STARTS]
         alike = links.uniform and (a_host == {size} or cluster.hosts == 1)  # then blocks in another order are the same
         for start in starts:
             search = _Search(start, links.hosts_of_devices, draw)
-            if not alike:
+            if few and not alike:
+                search.try_all()
+            elif not alike:
                 pairs = len(start.units) ** 2 // 2
                 search.anneal((moves or min(MOST_MOVES, max(LEAST_MOVES, MOVES_A_PAIR * pairs))) // STARTS)
                 if start.board.slots <= FEW:
@@ -137,6 +141,19 @@ def _axis_orders(degrees: Degrees) -> Iterator[Sequence[str]]:
         yield [*unused, *order]
 
 
+def _swaps(size: int) -> Iterator[tuple[int, int]]:
+    """Pairs of places that change, one pair after another, until `size` things have been in every order (Heap 1963, Computer Journal 6)."""
+    turns, place = [0] * size, 1
+    while place < size:
+        if turns[place] < place:
+            yield (0 if place % 2 == 0 else turns[place]), place
+            turns[place] += 1
+            place = 1
+        else:
+            turns[place] = 0
+            place += 1
+
+
 class _Search:
     """Moves from one order to better ones. `best` has the units of the best one met."""
 
@@ -147,6 +164,16 @@ class _Search:
         self.best, self.best_s = list(start.units), start.cost_s
         self.board.put([self.hosts[unit] for unit in self.units[: self.board.slots]])
         self.now_s = self._energy(start.cost_s)
+
+    def try_all(self) -> None:
+        """Every order, each a swap away from the one before."""
+        units, hosts = self.units, self.hosts
+        for a, b in _swaps(len(units)):
+            self.moves += 1
+            units[a], units[b] = units[b], units[a]
+            changes = [(place, hosts[units[place]]) for place in (a, b) if place < self.board.slots]
+            if changes and hosts[units[a]] != hosts[units[b]] and (cost_s := self.board.move(changes)) < self.best_s * LESS:
+                self.best, self.best_s = list(units), cost_s
 
     def anneal(self, moves: int) -> None:
         """Tries so many moves, and goes back to the best order."""
