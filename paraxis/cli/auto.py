@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from paraxis.bench.machine import ask_machine
 from paraxis.cli.study import Question, Study, ask
 from paraxis.parallel.world import visible_devices
 from paraxis.plan.cluster_file import read_cluster, ready_clusters
-from paraxis.plan.explain import gib, why_refused, why_slower
+from paraxis.plan.explain import gib, placed, why_refused, why_slower
 from paraxis.plan.hardware import Cluster
-from paraxis.plan.search import Effort, Option
+from paraxis.plan.search import Effort, Option, traced
 
 MEASURED = "cluster.toml"  # where paraxis probe writes, unless told otherwise
 # Counted, not timed: every worker of a launcher that is not ours comes to the same choice by itself.
@@ -25,7 +26,7 @@ def settle_auto(
     """`settings` with the choice added and `parallel.auto` gone, and the ranks that it is for: so many as were asked for, else this
     machine's GPUs, else all of the cluster's. `aloud` says on stderr what was chosen, and why.
 
-    Raises ConfigError without a cluster, and where nothing fits.
+    Raises ConfigError without a cluster, and where nothing fits with ranks on devices in their order.
     """
     devices = visible_devices()
     found = read_cluster(cluster) if cluster else this_cluster(devices)
@@ -39,9 +40,25 @@ def settle_auto(
         assert study.lacking is not None
         helps = "; ".join(change.words for change in study.lacking.changes) or "more devices, or a smaller model"
         raise ConfigError(f"parallel.auto: nothing fits on {found.name}: {why_refused(study.lacking.option)}; it would with {helps}")
+    if list(best.order) != list(range(ranks)):
+        best = _in_order(study, best, aloud=aloud)
     if aloud:
         _say(study, best)
     return study.settings(best), ranks
+
+
+def _in_order(study: Study, best: Option, *, aloud: bool) -> Option:
+    """`best` as ranks are started, which is in the devices' order, not in the one that was found to be faster."""
+    found = traced(replace(best, config=best.candidate.config(study.config)), study.cluster, study.ranks, placed=False)
+    if not found.fits:
+        raise ConfigError(
+            f"parallel.auto: {best.candidate.layout} fits with {placed(best)}, but not in the devices' order, in which ranks are started: "
+            f"{why_refused(found)}; list the hosts in that order, or set a layout that paraxis plan finds"
+        )
+    if aloud:
+        words = f"{found.step_s:.3g} s a step; {best.step_s:.3g} s if hosts are listed so that {placed(best)}"
+        print(f"parallel: ranks are started in the devices' order, with {words}", file=sys.stderr)
+    return found
 
 
 def _say(study: Study, best: Option) -> None:

@@ -96,14 +96,14 @@ def _study(parsed: Arguments) -> "Study":
 
 
 def _draw(parsed: Arguments, study: "Study") -> None:
-    """The pictures that were asked for, of the best option."""
-    if study.best is None or (prediction := study.best.prediction) is None:
+    """The pictures that were asked for, of the best option, or of what takes least where nothing fits."""
+    if (prediction := study.shown.prediction) is None:
         return
     from paraxis.plan.picture_page import picture_page
     from paraxis.plan.picture_svg import timeline_svg
     from paraxis.plan.picture_trace import trace_beside, trace_text
 
-    title = f"{study.config.name}, {study.best.candidate.layout} on {study.cluster.name}"
+    title = f"{study.config.name}, {study.shown.candidate.layout} on {study.cluster.name}"
     if name := parsed.options.get("picture"):
         _write(name, timeline_svg(prediction) if name.endswith(".svg") else picture_page(prediction, title))
     if name := parsed.options.get("trace"):
@@ -172,7 +172,7 @@ def _option(study: "Study", option: "Option") -> dict[str, Any]:
         "reserved": option.reserved,
         "usable": option.usable,
         "fits": option.fits,
-        "why": why_slower(option, study.best) if option.fits and study.best is not None else why_refused(option),
+        "why": why_slower(option, study.shown) if option.fits and study.best is not None else "" if option.fits else why_refused(option),
     }
 
 

@@ -1,5 +1,6 @@
 """What `paraxis plan` found, in the terminal."""
 
+import shlex
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
@@ -11,14 +12,16 @@ from paraxis.cli.study import Study, spelled
 from paraxis.plan.explain import gib, placed, run_lengths, why_refused, why_slower
 from paraxis.plan.picture_text import memory_text, timeline_text
 from paraxis.plan.search import Option
+from paraxis.plan.trace import CATEGORIES
 
 FILE_WIDTH = 180  # of a table that goes to no terminal
 SHOWN = 6
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "communication", "other", "fragmentation")
+HELD = (*CATEGORIES, "fragmentation")
 
 
 def print_study(study: Study, *, pictures: bool) -> None:
-    """Tables of the options and of their memory; what is lacking where nothing fits; the winner's command, and `pictures` of its step."""
+    """Tables of the options and of their memory; what is lacking where nothing fits; the winner's command. `pictures` of its step, or of
+    that which takes least."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH
@@ -30,9 +33,9 @@ def print_study(study: Study, *, pictures: bool) -> None:
     _print_lacking(console, study)
     if study.best is not None:
         _print_best(console, study, study.best)
-        if pictures and study.best.prediction is not None:
-            console.print(timeline_text(study.best.prediction, console.width))
-            console.print(memory_text(study.best.prediction, console.width))
+    if pictures and (prediction := study.shown.prediction) is not None:
+        console.print(timeline_text(prediction, console.width))
+        console.print(memory_text(prediction, console.width))
     found = study.found
     if found.simulated:
         left = "" if found.complete else "; there was no time for more, which could hide better ones (--seconds)"
@@ -76,10 +79,10 @@ def _times(study: Study, options: Sequence[Option]) -> Table:
 def _memory(options: Sequence[Option]) -> Table:
     table = Table(title="Memory of the fullest rank at its peak, GiB", box=SIMPLE_HEAD)
     table.add_column("layout", overflow="fold")
-    for name in CATEGORIES:
+    for name in HELD:
         table.add_column(name, justify="right")
     for one in options:
-        table.add_row(one.candidate.layout, *(gib(one.held.get(name, 0)) for name in CATEGORIES))
+        table.add_row(one.candidate.layout, *(gib(one.held.get(name, 0)) for name in HELD))
     return table
 
 
@@ -128,4 +131,4 @@ def _print_best(console: Console, study: Study, best: Option) -> None:
     layout = best.candidate.layout
     said = {f"parallel.{field}" for field in layout_settings(layout)}
     others = {path: value for path, value in study.settings(best).items() if path not in said}
-    console.print(f"paraxis train {study.recipe} {' '.join([f'--layout={layout}', *spelled(others)])}", soft_wrap=True)
+    console.print(shlex.join(["paraxis", "train", study.recipe, f"--layout={layout}", *spelled(others)]), soft_wrap=True)

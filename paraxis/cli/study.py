@@ -10,7 +10,7 @@ from paraxis.base.layout import laid_out
 from paraxis.plan.candidates import Space, candidate_of, differing, planned
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.lacking import Lacking, find_lacking
-from paraxis.plan.search import Effort, Found, Option, Search, traced
+from paraxis.plan.search import Effort, Found, Option, Search, traced, with_known
 from paraxis.recipes.find import find
 from paraxis.train.check import check
 from paraxis.train.config import RunConfig
@@ -34,13 +34,12 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The answer. `config` is the run before anything was chosen, `tokens` those of the best one's step, `seconds` what answering took."""
+    """The answer. `config` is the run before anything was chosen, `seconds` what answering took."""
 
     recipe: str
     config: RunConfig
     cluster: Cluster
     ranks: int
-    tokens: int
     found: Found
     lacking: Lacking | None
     given: Mapping[str, object]
@@ -49,6 +48,19 @@ class Study:
     @property
     def best(self) -> Option | None:
         return self.found.options[0] if self.found.options else None
+
+    @property
+    def shown(self) -> Option:
+        """The best option; where nothing fits the one that takes least."""
+        if self.best is not None:
+            return self.best
+        assert self.lacking is not None
+        return self.lacking.option
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.shown.candidate.rows * self.config.data.seq_len
 
     def settings(self, option: Option) -> dict[str, Any]:
         """All that has to be set, beside the recipe, for this option: what was given, and what was chosen."""
@@ -66,11 +78,20 @@ def ask(question: Question, effort: Effort, *, exact: bool = False, drawn: bool 
         study = _of_layout(question, exact)
     else:
         study = _searched(question, effort)
-        best = study.best
-        if best is not None and (exact or (drawn and best.prediction is None)):
-            whole = traced(best, study.cluster, study.ranks, exact=exact)
-            study = replace(study, found=replace(study.found, options=[whole, *study.found.options[1:]]))
+        # What is then known of the best may leave another as the best.
+        while (exact and study.best is not None and study.best.source != "exact") or (drawn and study.shown.prediction is None):
+            study = _known_better(study, exact and study.best is not None)
     return replace(study, seconds=time.monotonic() - started_s)
+
+
+def _known_better(study: Study, exact: bool) -> Study:
+    """With the shown option traced, and judged by that."""
+    whole = traced(study.shown, study.cluster, study.ranks, exact=exact)
+    found = study.found if study.best is not None else replace(study.found, options=[study.shown], pareto=[study.shown])
+    found = with_known(found, whole)
+    changes = study.lacking.changes if study.lacking is not None else []
+    lacking = None if found.options else Lacking(option=whole, bytes=whole.reserved - whole.usable, changes=changes)
+    return replace(study, found=found, lacking=lacking)
 
 
 def _searched(question: Question, effort: Effort) -> Study:
@@ -89,7 +110,6 @@ def _searched(question: Question, effort: Effort) -> Study:
         config=config,
         cluster=cluster,
         ranks=ranks,
-        tokens=(lacking.option if lacking else found.options[0]).candidate.rows * config.data.seq_len,
         found=found,
         lacking=lacking,
         given=fixed,
@@ -128,7 +148,6 @@ def _of_layout(question: Question, exact: bool) -> Study:
         config=config,
         cluster=cluster,
         ranks=ranks,
-        tokens=config.rows_per_step(degrees.filling(ranks)) * config.data.seq_len,
         found=Found(options=options, pareto=options, refused=refused, candidates=1, simulated=0, traced=1, complete=True),
         lacking=None if option.fits else Lacking(option=option, bytes=option.reserved - option.usable, changes=[]),
         given=given,

@@ -29,7 +29,7 @@ def why_slower(option: Option, best: Option) -> str:
     if (waits := option.exposed_s / option.step_s - best.exposed_s / best.step_s) > SEEN:
         reasons.append(f"{waits:.1%} more of the step waiting for messages")
     reasons += _of_work(option, best)
-    return f"{slower:.1%} slower: {', '.join(reasons) or 'its products are smaller'}"
+    return f"{slower:.1%} slower: {', '.join(reasons) or 'a little of each'}"
 
 
 def _of_work(option: Option, best: Option) -> list[str]:

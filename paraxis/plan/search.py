@@ -37,6 +37,8 @@ from paraxis.plan.traffic import traffic_of
 from paraxis.train.check import check
 from paraxis.train.config import RunConfig
 
+log = logging.getLogger("paraxis")
+
 Source = Literal["simulated", "traced", "exact"]
 AT_ONCE = 2  # traces, each in a process of its own
 PARTS = (1.0, 0.7, 0.5, 0.3)  # of the memory there is, for each of which the fastest candidate is sought
@@ -224,6 +226,17 @@ class Search:
         return False
 
 
+def with_known(found: Found, whole: Option) -> Found:
+    """`found` with what is now known of one of its options, which is put where that belongs."""
+
+    def known(options: Sequence[Option]) -> list[Option]:
+        told = (whole if one.candidate == whole.candidate else one for one in options)
+        return sorted((one for one in told if one.fits), key=_by_time)
+
+    refused = found.refused if whole.fits else sorted([*found.refused, whole], key=_by_time)
+    return replace(found, options=simplest_first(known(found.options)), pareto=pareto(known(found.pareto)), refused=refused)
+
+
 def distinct(options: Iterable[Option]) -> list[Option]:
     """Without those that by estimate take what an earlier one takes, in time and in memory."""
     return list({(round(one.tokens_per_s, 6), round(one.reserved)): one for one in reversed(list(options))}.values())[::-1]
@@ -275,41 +288,52 @@ def _scaled(option: Option, seconds: float, memory: float) -> Option:
 
 
 def trace_all(options: Sequence[Option], cluster: Cluster, ranks: int, seconds: float) -> list[Option]:
-    """`options` traced side by side, each in a copy of this process; without those that are not done in time, or fail."""
+    """`options` traced side by side, each in a copy of this process; without those that are not done in time, or fail: logs why, where
+    there is no other."""
     running: list[tuple[Forked, Connection]] = []
     for option in options:
         here, there = Pipe(duplex=False)
         running.append((Forked(partial(_send, there, option, cluster, ranks)), here))
         there.close()
     found: list[Option] = []
+    failed: list[str] = []
     deadline_s = time.monotonic() + seconds
     for child, here in running:
         left_s = min(max(0.0, deadline_s - time.monotonic()), 1e6)
         if here.poll(left_s):
             with suppress(EOFError):
-                found.append(here.recv())
+                told = here.recv()
+                found += [told] if isinstance(told, Option) else []
+                failed += [told] if isinstance(told, str) else []
         if child.poll() is None:
             kill(child.pid, signal.SIGKILL)
         child.wait()
         here.close()
+    if failed and not found:
+        log.warning("%s could not be traced: %s", options[0].candidate.layout, failed[0])
     return found
 
 
 def _send(there: Connection, option: Option, cluster: Cluster, ranks: int) -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    with suppress(ConfigError):  # no way to run after all
+    try:
         there.send(traced(option, cluster, ranks))
+    except ConfigError as error:  # no way to run after all
+        there.send(str(error))
     return 0
 
 
-def traced(option: Option, cluster: Cluster, ranks: int, *, exact: bool = False) -> Option:
-    """`option` with what a trace of it says; placed, and its stages cut, by the cluster's links and speeds. Raises ConfigError."""
+def traced(option: Option, cluster: Cluster, ranks: int, *, exact: bool = False, placed: bool = True) -> Option:
+    """`option` with what a trace of it says; placed (unless ranks stay in order), and its stages cut, by the cluster's links and speeds.
+
+    Raises ConfigError for what cannot run.
+    """
     config, order = option.config, range(ranks)
     settings: dict[str, Any] = {}
     if len(cluster.pools) > 1 or cluster.matrix:
         degrees = config.parallel.degrees.filling(ranks)
-        order = place(cluster, degrees, traffic_of(config, cluster, ranks)).order
+        order = place(cluster, degrees, traffic_of(config, cluster, ranks)).order if placed else order
         if degrees.pp > 1 and not config.parallel.cuts and (cuts := cuts_by_speed(config, cluster, order)):
             config = replace(config, parallel=replace(config.parallel, cuts=cuts))
             settings["cuts"] = cuts

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import pytest
 
 from paraxis.base.errors import ConfigError
 from paraxis.cli import auto, main, plan
+from paraxis.cli.study import Question, ask
+from paraxis.plan.cluster_file import read_cluster
+from paraxis.plan.search import Effort
 from tests.cli.folders import said
 
 CPU = """
@@ -74,12 +79,12 @@ def test_everything_that_was_found_is_told_as_json(cluster: Path, capsys: pytest
 
 
 def test_the_table_ends_in_a_command_that_trains_so(cluster: Path, capsys: pytest.CaptureFixture[str]):
-    shown = said(capsys, "plan", "debug", "--cluster", cluster, "--gpus", "2", "--seconds", "60", *FIXED)
+    shown = said(capsys, "plan", "debug", "--cluster", cluster, "--gpus", "2", "--seconds", "60", "--name=two words", *FIXED)
     assert "tokens/s/GPU" in shown
     assert "fragmentation" in shown
     [command] = [line for line in shown.splitlines() if line.startswith("paraxis train debug ")]
-    config = tomllib.loads(said(capsys, *command.split()[1:], "--print-config"))
-    assert config["train"]["global_tokens"] == 512
+    config = tomllib.loads(said(capsys, *shlex.split(command)[1:], "--print-config"))
+    assert (config["name"], config["train"]["global_tokens"]) == ("two words", 512)
     assert config["parallel"]["dp"] * config["parallel"]["fsdp"] * config["parallel"]["tp"] == 2
 
 
@@ -123,8 +128,15 @@ def test_nothing_that_fits_says_how_much_is_lacking(tmp_path: Path, capsys: pyte
     least = answer["lacking"]["least"]
     assert answer["plans"] == []
     assert answer["lacking"]["bytes"] == pytest.approx(least["reserved"] - 0.001 * 2**30, abs=1)
-    assert plan.run(words[:-1]) == plan.NOTHING_FITS
-    assert f"lacks {answer['lacking']['bytes'] / 2**30:.3g} GiB" in capsys.readouterr().out
+    drawn = tmp_path / "step.svg"
+    assert plan.run([*words[:-1], "--picture", str(drawn)]) == plan.NOTHING_FITS
+    shown = capsys.readouterr().out
+    assert f"lacks {answer['lacking']['bytes'] / 2**30:.3g} GiB" in shown
+    assert drawn.read_text().startswith("<svg"), "what does not fit is drawn too"
+    assert "usable: 1.024 MiB" in shown, "in the terminal as well"
+    study = ask(Question(recipe="debug", settings={}, cluster=read_cluster(str(small)), layout="fsdp2", all_devices=False), Effort())
+    assert plan._option(study, study.shown)["why"].startswith("memory")
+    assert plan._option(study, replace(study.shown, usable=2**40))["why"] == "", "there is no best one that it could be slower than"
 
 
 def test_a_step_whose_micro_batches_are_set_has_the_tokens_of_the_best_layout(cluster: Path, capsys: pytest.CaptureFixture[str]):
@@ -174,6 +186,34 @@ def test_what_is_missing_is_asked_for(cluster: Path, tmp_path: Path, monkeypatch
         auto.this_cluster(0)
     (tmp_path / "cluster.toml").write_text(cluster.read_text())
     assert auto.this_cluster(0).name == "four processes"
+
+
+LINKED = """
+matrix_gb_per_s = [[9, 0.01, 9, 0.01], [0.01, 9, 0.01, 9], [9, 0.01, 9, 0.01], [0.01, 9, 0.01, 9]]
+"""
+
+
+def test_auto_trains_with_ranks_in_order_as_they_are_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "islands.toml"
+    between = 'inside = "memory"\nnetwork = "memory"'
+    text = CPU.format(memory=4).replace("hosts = 1\ndevices = 4", "hosts = 4\ndevices = 1").replace('inside = "memory"', between)
+    file.write_text(LINKED + text)
+    asked = {
+        "parallel.pp": 2,
+        "parallel.fsdp": 2,
+        "parallel.schedule": "1f1b",
+        "remat.mode": "none",
+        "train.micro_batch": 2,
+        "parallel.reshard": "never",
+    }
+    study = ask(Question(recipe="debug", settings=asked, cluster=read_cluster(str(file))), auto.EFFORT)
+    assert study.best is not None
+    assert list(study.best.order) != [0, 1, 2, 3]
+    settings, ranks = auto.settle_auto("debug", asked, str(file), None, aloud=True)
+    assert (settings["parallel.pp"], ranks) == (2, 4)
+    said_so = capsys.readouterr().err
+    assert "ranks are started in the devices' order" in said_so
+    assert f"{study.best.step_s:.3g} s if hosts are listed" in said_so
 
 
 def trained(folder: Path, *words: object) -> list[float]:

@@ -25,7 +25,7 @@ from paraxis.plan.holdings import in_flight
 from paraxis.plan.lacking import find_lacking
 from paraxis.plan.memory import coordinates
 from paraxis.plan.pretend import PretendedDevice
-from paraxis.plan.search import ALIKE, Effort, Option, Search, distinct, pareto, simplest_first, traced
+from paraxis.plan.search import ALIKE, Effort, Option, Search, distinct, pareto, simplest_first, trace_all, traced, with_known
 from paraxis.recipes.find import find
 from paraxis.train.check import check, on_meta
 from paraxis.train.choose import build_strategy
@@ -267,6 +267,32 @@ def test_of_options_that_predictions_do_not_tell_apart_the_one_on_fewest_axes_co
     assert simplest_first([fast, slow]) == [slow, fast]
     assert simplest_first([replace(fast, tokens_per_s=1.1), slow])[0].candidate == ring
     assert "less than predictions tell apart" in why_slower(fast, slow)
+
+
+def test_what_is_learnt_of_the_best_option_may_leave_another_as_the_best():
+    found = search_of(space_of(4, {"parallel.pp": 1}, {**SMALL, "model.width": 256})).run()
+    best, second = found.options[:2]
+    slower = with_known(found, replace(best, source="exact", tokens_per_s=0.5 * best.tokens_per_s))
+    assert slower.options[0] == second
+    assert [one.source for one in slower.options].count("exact") == 1
+    larger = with_known(found, replace(best, source="exact", held={"activations": best.usable + 1.0}))
+    assert larger.options[0] == second
+    assert best.candidate not in [one.candidate for one in (*larger.options, *larger.pareto)]
+    assert [one.source for one in larger.refused if one.candidate == best.candidate] == ["exact"]
+
+
+def test_what_explains_nothing_by_itself_is_said_to_be_a_little_of_each():
+    search = search_of(space_of(2, {}))
+    best = search.estimate(next(iter(search.space)))
+    assert why_slower(replace(best, tokens_per_s=best.tokens_per_s / 1.05), best) == "5.0% slower: a little of each"
+
+
+def test_why_nothing_could_be_traced_is_logged(caplog: pytest.LogCaptureFixture):
+    search = search_of(space_of(1, {}))
+    one = search.estimate(next(iter(search.space)))
+    cannot = replace(one, config=replace(one.config, precision="float8_tensorwise"))
+    assert trace_all([cannot], search.cluster, 1, 60) == []
+    assert "fsdp1 could not be traced: precision=float8_tensorwise cannot be planned" in caplog.text
 
 
 def test_the_best_options_are_traced_in_processes_of_their_own():
