@@ -180,5 +180,5 @@ def test_a_dataset_that_cannot_be_opened_is_named_and_so_is_a_missing_package(tm
     with pytest.raises(DataError, match=r"needs datasets 4 or later, not 3\.6\.0"):
         open_whole("hf:some")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(DataError, match=r"needs the package datasets, which is not installed; pip install 'paraxis\[hf\]'"):
+    with pytest.raises(DataError, match=r"needs the package datasets, which is not installed; pip install 'datasets>=4'"):
         open_whole("hf:some")
