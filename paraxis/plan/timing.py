@@ -13,7 +13,6 @@ from itertools import product
 import numpy as np
 
 from paraxis.base.axes import AXES, Degrees
-from paraxis.base.schedule import Action
 from paraxis.plan.fusion import COMPILED, last_uses, merged
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.operators import Operator
@@ -148,10 +147,6 @@ class Steps:
     def batches(self) -> list[list[Item]]:
         """Each traced micro-batch's forward and backward, without a pipeline."""
         return [self.part(number) for number in sorted(part for part in self._parts if isinstance(part, int))]
-
-    def actions(self) -> dict[Action, list[Item]]:
-        """Each traced action of this rank of a pipeline."""
-        return {part: self.part(part) for part in self._parts if isinstance(part, Action)}
 
     def part(self, part: Part) -> list[Item]:
         """The items of a part of the step, blocks that were not traced in their place."""

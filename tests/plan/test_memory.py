@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from paraxis.plan.memory import Peak, coordinates, different_at_first, exact_peak, predict_peak
 from paraxis.plan.pretend import PretendedDevice
@@ -37,20 +36,6 @@ MORE: dict[str, tuple[str, int, int, dict[str, object]]] = {
 
 def config_of(recipe: str, settings: dict[str, object]) -> RunConfig:
     return find(recipe, {"compile": "none", **settings})[0]
-
-
-@pytest.fixture
-def apart(world: Callable[..., list[Any]]) -> Callable[..., Any]:
-    """Calls a function in a process of its own, which is in no world yet."""
-
-    def call(function: Callable[..., Any], *args: Any) -> Any:
-        def alone() -> Any:
-            dist.destroy_process_group()
-            return function(*args)
-
-        return world(1, alone, timeout=100)[0]
-
-    return call
 
 
 @pytest.mark.parametrize("name", [*RUNS, *(pytest.param(name, marks=pytest.mark.full) for name in MORE)])

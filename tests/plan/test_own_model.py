@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from torch import nn
 
 from paraxis.base.errors import ConfigError
@@ -27,20 +26,6 @@ def config_of(settings: dict[str, object]) -> RunConfig:
 
 def predicted(config: RunConfig, ranks: int, **options: Any) -> Prediction:
     return predict(config, read_cluster("dgx_h100").with_devices(ranks), ranks, **options)
-
-
-@pytest.fixture
-def apart(world: Callable[..., list[Any]]) -> Callable[..., Any]:
-    """Calls a function in a process of its own, which is in no world yet."""
-
-    def call(function: Callable[..., Any]) -> Any:
-        def alone() -> Any:
-            dist.destroy_process_group()
-            return function()
-
-        return world(1, alone, timeout=100)[0]
-
-    return call
 
 
 def test_a_model_that_calls_its_layers_otherwise_is_predicted_with_all_of_them(apart: Callable[..., Any]):

@@ -7,7 +7,6 @@ from itertools import permutations
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from paraxis.base.axes import AXES, Degrees
 from paraxis.base.errors import ConfigError
@@ -320,20 +319,6 @@ def test_a_pipeline_s_path_is_paid_once_a_round_and_as_often_as_it_folds():
     assert said(schedule="interleaved").hops == ((0, 1), (1, 0), (0, 1))
     assert said(schedule="zbv").hops == ((0, 1), (1, 0))
     assert traffic_of(find("llama3_8b", {"data.seq_len": 512})[0], cluster_of(1, 1), 1) == Traffic(work_s=pytest.approx(plain.work_s / 4))
-
-
-@pytest.fixture
-def apart(world: Any) -> Any:
-    """Calls a function in a process of its own, which is in no world yet."""
-
-    def call(function: Any) -> Any:
-        def alone() -> Any:
-            dist.destroy_process_group()
-            return function()
-
-        return world(1, alone, timeout=100)[0]
-
-    return call
 
 
 def exchanged(config: RunConfig, ranks: int) -> dict[tuple[tuple[int, ...], str], float]:

@@ -53,20 +53,6 @@ def search_of(space: Space, gib: float = 79.1, **effort: Any) -> Search:
     return Search(space, cluster_of(space.ranks, gib), Effort(**{"traced": 0, "simulated": 10_000, **effort}))
 
 
-@pytest.fixture
-def apart(world: Callable[..., list[Any]]) -> Callable[..., Any]:
-    """Calls a function in a process of its own, which is in no world yet."""
-
-    def call(function: Callable[..., Any]) -> Any:
-        def alone() -> Any:
-            dist.destroy_process_group()
-            return function()
-
-        return world(1, alone, timeout=500)[0]
-
-    return call
-
-
 def every_setting(space: Space) -> list[Candidate]:
     """Degrees, schedules, kinds and micro-batches in all combinations, legal or not; nothing recomputed."""
     ranks, found = space.ranks, []
@@ -317,7 +303,7 @@ def test_what_fits_nowhere_lacks_what_a_trace_says(apart: Callable[..., Any]):
         assert again.prediction is not None
         return found.bytes, again.prediction.reserved - int(gib * 2**30), [(dict(c.settings), c.devices) for c in found.changes]
 
-    lacks, wanted, changes = apart(said)
+    lacks, wanted, changes = apart(said, timeout=500)
     assert lacks == pytest.approx(wanted, rel=1e-6)
     assert lacks > 0
     assert any("train.micro_batch" in settings for settings, _ in changes)
@@ -355,6 +341,6 @@ def test_the_choice_is_the_best_of_all_traces(apart: Callable[..., Any]):
         all_of_them: list[Option] = [traced(search.estimate(one), search.cluster, 2) for one in space]
         return chosen.step_s, [one.step_s for one in all_of_them]
 
-    chosen_s, every_s = apart(times)
+    chosen_s, every_s = apart(times, timeout=500)
     assert len(every_s) > 4
     assert chosen_s <= ALIKE * min(every_s)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from paraxis.plan.cluster_file import read_cluster
 from paraxis.plan.fusion import last_uses, merged
@@ -22,20 +21,6 @@ H100 = PretendedDevice("cpu", 0, "NVIDIA H100 80GB HBM3", 79 << 30)
 def config_of(settings: dict[str, object]) -> RunConfig:
     """A wide model, so that work counts and not the starting of kernels; with short rows, and nothing recomputed."""
     return find("llama3_8b", {"compile": "none", "remat.mode": "none", "data.seq_len": 1024, **settings})[0]
-
-
-@pytest.fixture
-def apart(world: Callable[..., list[Any]]) -> Callable[..., Any]:
-    """Calls a function in a process of its own, which is in no world yet."""
-
-    def call(function: Callable[..., Any]) -> Any:
-        def alone() -> Any:
-            dist.destroy_process_group()
-            return function()
-
-        return world(1, alone, timeout=100)[0]
-
-    return call
 
 
 def predicted(ranks: int, settings: dict[str, object], **options: Any) -> Prediction:
