@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from paraxis.base.errors import ConfigError
-from paraxis.base.layout import laid_out
 from paraxis.bench.percent import percent, summaries
 from paraxis.bench.results import read_results
+from paraxis.bench.step import configured
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.predict import Prediction, predict
-from paraxis.recipes.find import find
 from paraxis.train.config import RunConfig
 
 GIB = 1 << 30
@@ -72,11 +71,9 @@ def _run(row: Mapping[str, Any], calibrates: bool) -> MeasuredRun:
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         settings[name] = value if equals else True
-    layout = settings.pop("layout", None)
-    config, _ = find(row["recipe"], laid_out(settings, str(layout)) if layout is not None else settings)
     return MeasuredRun(
         name=row["name"],
-        config=config,
+        config=configured(row["recipe"], settings),
         ranks=row["ranks"],
         calibrates=calibrates,
         allocated_gib=row.get("allocated_gib"),

@@ -21,11 +21,9 @@ import torch
 from paraxis.base.config import redact
 from paraxis.base.env import prefer_expandable_segments, read_environment
 from paraxis.base.errors import ConfigError
-from paraxis.base.layout import laid_out
-from paraxis.bench.step import words
+from paraxis.bench.step import configured, words
 from paraxis.observe.memory import limit_memory, read_memory
 from paraxis.parallel.world import can_be_copied, join, leave, visible_devices
-from paraxis.recipes.find import find
 from paraxis.resilience.launch import launch
 from paraxis.train.check import check
 from paraxis.train.config import RunConfig
@@ -51,9 +49,7 @@ class Trial:
     @property
     def config(self) -> RunConfig:
         """Raises ConfigError for settings that the recipe does not have."""
-        settings = {path: value for path, value in self.settings.items() if path != "layout"}
-        layout = self.settings.get("layout")
-        return find(self.recipe, laid_out(settings, str(layout)) if layout is not None else settings)[0]
+        return configured(self.recipe, self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)

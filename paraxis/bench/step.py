@@ -83,8 +83,7 @@ def ours(name: str, recipe: str, settings: Mapping[str, object], ranks: int | No
     """
     if "train.steps" in settings:
         raise ConfigError("train.steps is the benchmark's own here; set --steps (and --warmup) instead")
-    shaped = {path: value for path, value in settings.items() if path != "layout"}
-    config, _ = find(recipe, {**QUIET, **(laid_out(shaped, str(settings["layout"])) if "layout" in settings else shaped)})
+    config = configured(recipe, {**QUIET, **settings})
     changed = words({path: value for path, value in settings.items() if path.startswith("model.")})
     row = Row(
         system="paraxis",
@@ -95,6 +94,12 @@ def ours(name: str, recipe: str, settings: Mapping[str, object], ranks: int | No
         batch=config.train.micro_batch,
     )
     return Ours(row, recipe, config, settings, ranks, machine, pace)
+
+
+def configured(recipe: str, settings: Mapping[str, object]) -> RunConfig:
+    """The recipe's run with these settings, of which `layout` says every degree. Raises ConfigError for those that it does not have."""
+    own = {path: value for path, value in settings.items() if path != "layout"}
+    return find(recipe, laid_out(own, str(settings["layout"])) if "layout" in settings else own)[0]
 
 
 def words(settings: Mapping[str, object]) -> list[str]:
