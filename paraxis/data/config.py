@@ -1,6 +1,6 @@
 """What to train on: the `data` section of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from paraxis.base.errors import ConfigError
@@ -18,6 +18,7 @@ CHOICES = {
     "long_documents": ("split", "drop"),
     "chat": ("none", *TEMPLATES),
     "tokenize": ("ahead", "live"),
+    "mixture_of": ("auto", "rows", "documents"),
 }
 
 
@@ -32,6 +33,10 @@ class DataConfig:
         tuple[str, ...],
         "shares of sources in tokens, as 'web=0.7 code=0.3'; each path is then web=..., and '1000: web=1' a change at a step",
     ] = ()
+    mixture_of: Annotated[
+        Literal["auto", "rows", "documents"],
+        "mix whole rows or whole documents; auto takes documents where all are shorter than a row, which is then closer to the shares",
+    ] = "auto"
     tokenizer: Annotated[str, "a Hugging Face folder or tokenizer.json, or train:4096 to train a byte-level BPE on the data"] = "train:4096"
     seq_len: Annotated[int, "tokens in a row"] = 512
     document_mask: Annotated[bool, "confine attention to documents: positions restart, no target crosses a boundary"] = False
@@ -71,6 +76,13 @@ class DataConfig:
                 raise ConfigError(f"data.{name}={value!r} is unknown; choose {' or '.join(choices)}")
         if self.long_documents == "drop" and self.packing != "best_fit":
             raise ConfigError("data.long_documents=drop says nothing while data.packing=concatenate; set data.packing=best_fit")
+        if self.mixture_of != "auto" and not self.mixture:
+            raise ConfigError(f"data.mixture_of={self.mixture_of} says nothing without data.mixture; give the sources' weights there")
+        if self.mixture_of == "documents" and self.packing != "concatenate":
+            raise ConfigError(
+                f"data.mixture_of=documents lays documents end to end, and data.packing={self.packing} does not; "
+                "set data.packing=concatenate or data.mixture_of=rows"
+            )
         if not 0 <= self.most_skipped <= 1:
             raise ConfigError(f"data.most_skipped={self.most_skipped} must be a share from 0 to 1, such as 0.01")
         if self.most_skipped < 1 and self.on_bad_record != "skip":
@@ -123,6 +135,10 @@ class DataConfig:
             name, _, place = path.partition("=")
             named[name] = (*named.get(name, ()), place)
         return named
+
+    def unmixed(self, paths: tuple[str, ...]) -> "DataConfig":
+        """The same for these paths, which are of one source."""
+        return replace(self, paths=paths, mixture=(), mixture_of="auto")
 
     @property
     def plain_paths(self) -> tuple[str, ...]:

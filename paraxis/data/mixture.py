@@ -3,8 +3,9 @@
     data.paths   = ["web=web/*.jsonl", "code=code/*.jsonl", "maths=maths.jsonl"]
     data.mixture = ["web=0.7 code=0.3", "1000: web=0.5 code=0.3 maths=0.2"]
 
-Every row is of one source, and all rows are of one length, so weights of rows are weights of tokens. A source goes through
-its own rows one after another, whatever is drawn in between: a change of weights neither repeats nor loses any of them.
+A mixture is one of rows, as here, or of whole documents (mixed_documents.py). Of rows each is of one source, and all are of one
+length, so weights of rows are weights of tokens. A source goes through its own rows, or documents, one after another, whatever is
+drawn in between: a change of weights neither repeats nor loses any of them.
 """
 
 import hashlib
@@ -62,9 +63,9 @@ def _read_change(text: str) -> Change:
     if not total or (colon and not step.strip().isdecimal()):
         raise ConfigError(f"data.mixture={text!r} must be weights, and the step they begin at if not 0, as in '1000: web=0.7 code=0.3'")
     shares = {name: weight / total for name, weight in weights.items() if weight}
-    if (period := _period(shares)) > LONGEST_PERIOD:
+    if (length := _period(shares)) > LONGEST_PERIOD:
         raise ConfigError(
-            f"data.mixture={text!r} comes out even only after {period} rows, more than {LONGEST_PERIOD}; "
+            f"data.mixture={text!r} comes out even only after {length} rows, more than {LONGEST_PERIOD}; "
             "round the weights, to three decimals of their sum for instance"
         )
     return Change(int(step) if colon else 0, shares)
@@ -72,6 +73,11 @@ def _read_change(text: str) -> Change:
 
 def _period(shares: Mapping[str, Fraction]) -> int:
     return math.lcm(*(share.denominator for share in shares.values()))
+
+
+def whole_weights(shares: Mapping[str, Fraction]) -> dict[str, int]:
+    """The smallest whole numbers in these shares: their sum is at most LONGEST_PERIOD."""
+    return {name: int(share * _period(shares)) for name, share in shares.items()}
 
 
 @cache
@@ -95,28 +101,74 @@ def pattern(weights: tuple[int, ...]) -> np.ndarray:
     return chosen
 
 
-class _Stretch:
-    """The rows from `row` on, until the next change: each a row of a source, of which `before` had been read already."""
+class Stretch(Protocol):
+    """The rows from `row` on, until the next change."""
 
-    def __init__(self, change: Change, row: int, before: Mapping[str, int]) -> None:
-        self.change, self.row, self.before = change, row, before
+    change: Change
+    row: int
+
+    def read(self, index: int) -> dict[str, int]:
+        """How much of each source has been read before row `index`, since the beginning: of what the mixture is of."""
+        ...
+
+    def at(self, index: int) -> Mapping[str, Any]:
+        """Row `index`."""
+        ...
+
+
+class Mixing(Protocol):
+    """How sources are mixed: `of` "rows", or "documents" and then counted in tokens."""
+
+    of: str
+
+    def begin(self, change: Change, row: int, previous: Any) -> Stretch:
+        """The rows from `row` on under `change`, after those of the stretch `previous`, if there is one."""
+        ...
+
+    def pass_length(self, name: str) -> int:
+        """How much a pass over a source is, as `Stretch.read` counts; 0 where that is not known yet."""
+        ...
+
+
+class RowStretch:
+    """Rows each of which is a row of a source, of which `before` had been read already."""
+
+    def __init__(self, sources: Mapping[str, Rows], change: Change, row: int, before: Mapping[str, int]) -> None:
+        self.change, self.row = change, row
+        self._sources, self._before = sources, before
         self._names = list(change.shares)
-        period = _period(change.shares)
-        self._chosen = pattern(tuple(int(share * period) for share in change.shares.values()))
+        self._chosen = pattern(tuple(whole_weights(change.shares).values()))
         # How many rows of each source [place, source] come before each place of the period, and before its end.
         ones = self._chosen[:, None] == np.arange(len(self._names))
         self._counts = np.concatenate([np.zeros((1, len(self._names)), np.int64), np.cumsum(ones, axis=0)])
 
-    def at(self, index: int) -> tuple[str, int]:
-        """The source of row `index`, and which of that source's rows it is."""
+    def at(self, index: int) -> Mapping[str, Any]:
+        """Row `index`: the next of its source."""
         name = self._names[self._chosen[(index - self.row) % len(self._chosen)]]
-        return name, self.read(index)[name]
+        return self._sources[name].row(self.read(index)[name])
 
     def read(self, index: int) -> dict[str, int]:
         """How many rows of each source come before row `index`."""
         periods, place = divmod(index - self.row, len(self._chosen))
         counts = periods * self._counts[-1] + self._counts[place]
-        return {**self.before, **{name: self.before.get(name, 0) + int(counts[number]) for number, name in enumerate(self._names)}}
+        return {**self._before, **{name: self._before.get(name, 0) + int(counts[number]) for number, name in enumerate(self._names)}}
+
+
+class RowMixing:
+    """Mixes whole rows."""
+
+    of = "rows"
+
+    def __init__(self, sources: Mapping[str, Rows]) -> None:
+        self._sources = sources
+
+    def begin(self, change: Change, row: int, previous: RowStretch | None) -> RowStretch:
+        """The rows from `row` on under `change`."""
+        return RowStretch(self._sources, change, row, previous.read(row) if previous else {})
+
+    def pass_length(self, name: str) -> int:
+        """How many rows a pass over a source is."""
+        return self._sources[name].length
 
 
 class SourceRows(Rows, Protocol):
@@ -126,20 +178,24 @@ class SourceRows(Rows, Protocol):
 
 
 class MixtureRows:
-    """Rows of several sources. Which source a row is of depends on the changes and on nothing else.
+    """Rows of several sources. What is in a row depends on the sources and the changes and on nothing else.
 
     A change begins at a step, which is a row once it is known how many rows a step has. `log` says at which row each change has
     begun, and is kept with a run: continued with other rows to a step, it goes on where it was.
     """
 
-    def __init__(self, sources: Mapping[str, SourceRows], changes: Sequence[Change], rows_per_step: int) -> None:
+    def __init__(
+        self, sources: Mapping[str, SourceRows], changes: Sequence[Change], rows_per_step: int, mixing: Mixing | None = None
+    ) -> None:
         self.sources = sources
+        self.mixing: Mixing = mixing or RowMixing(sources)
         # Of all sources; a run that goes on compares only those it has read, each by its own. See record.py.
-        self.fingerprint = hashlib.sha256(json.dumps({name: rows.fingerprint for name, rows in sources.items()}).encode()).hexdigest()
+        prints: dict[str, Any] = {name: rows.fingerprint for name, rows in sources.items()}
+        self.fingerprint = hashlib.sha256(json.dumps([self.mixing.of, prints]).encode()).hexdigest()
         self.length = sum(rows.length for rows in sources.values())
         self.vocab_size = next(iter(sources.values())).vocab_size
         self._changes, self._rows_per_step = changes, rows_per_step
-        self._stretches: list[_Stretch] = []
+        self._stretches: list[Stretch] = []
         self._begin(changes, 0, 0)
 
     def _begin(self, changes: Sequence[Change], step: int, row: int) -> None:
@@ -148,23 +204,18 @@ class MixtureRows:
             self._append(change, row + (change.step - step) * self._rows_per_step)
 
     def _append(self, change: Change, row: int) -> None:
-        self._stretches.append(_Stretch(change, row, self.read(row)))
+        self._stretches.append(self.mixing.begin(change, row, self._stretch(row) if self._stretches else None))
 
-    def _stretch(self, index: int) -> _Stretch:
+    def _stretch(self, index: int) -> Stretch:
         return next(stretch for stretch in reversed(self._stretches) if stretch.row <= index)
 
     def read(self, index: int) -> dict[str, int]:
-        """How many rows of each source come before row `index`."""
-        return self._stretch(index).read(index) if self._stretches else {}
-
-    def at(self, index: int) -> tuple[str, int]:
-        """The source of row `index`, and which of that source's rows it is."""
-        return self._stretch(index).at(index)
+        """How much of each source has been read before row `index`: rows in a mixture of rows, tokens in one of documents."""
+        return self._stretch(index).read(index)
 
     def row(self, index: int) -> Mapping[str, Any]:
-        """Row `index`: that of its source."""
-        name, number = self.at(index)
-        return self.sources[name].row(number)
+        """Row `index`: int64 arrays of length seq_len by Batch field name."""
+        return self._stretch(index).at(index)
 
     def log(self, row: int) -> list[dict[str, Any]]:
         """The changes under which the rows before `row` were read, and where each began, for JSON."""

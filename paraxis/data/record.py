@@ -16,7 +16,8 @@ def data_record(rows: Rows, row: int) -> dict[str, Any]:
     """The identity of what the rows before `row` were read from, for JSON."""
     if isinstance(rows, MixtureRows):
         read = {name: count for name, count in rows.read(row).items() if count}
-        return {"mixture": rows.log(row), "sources": {name: _read_from(rows.sources[name], count) for name, count in read.items()}}
+        sources = {name: _read_from(rows.sources[name], count) for name, count in read.items()}
+        return {"mixture": rows.log(row), "mixture_of": rows.mixing.of, "sources": sources}
     return {"sources": {"": _read_from(rows, row)}}
 
 
@@ -60,6 +61,8 @@ def problem_with_data(held: Mapping[str, Any], rows: Rows, step: int) -> str | N
     mixed = isinstance(rows, MixtureRows)
     if mixed != ("mixture" in held):
         return "no data.mixture, but now there is one" if mixed else "a data.mixture, but now there is none"
+    if mixed and (of := held.get("mixture_of", "rows")) != rows.mixing.of:
+        return f"a mixture of {of}, but now it is one of {rows.mixing.of}: set data.mixture_of={of}"
     if mixed and (problem := rows.problem_with(held["mixture"], step)):
         return problem
     for name, was in held["sources"].items():

@@ -6,6 +6,7 @@ The documents of a pass are laid end to end and cut every seq_len tokens; row r 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -52,32 +53,48 @@ def within_repeat(index: int, length: int, repeat: int) -> tuple[int, int]:
     return number, place
 
 
-class _Stream:
-    """Documents laid end to end in some order: any stretch of tokens, and which document each is of."""
+class Stream:
+    """Documents laid end to end: any stretch of tokens, and which document each is of.
 
-    def __init__(self, data: Documents, order: np.ndarray | None) -> None:
-        self._data = data
-        self._order = order
-        self._ends = data.ends if order is None else np.cumsum(np.diff(data.ends, prepend=0)[order])
+    At place p is document `documents[p]` of `data[sources[p]]`, and it ends at token ends[p]. Without `documents` these are all of
+    them in their own order, without `sources` they are all of data[0]. The first begins at token `begin`. All arrays are int64.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Documents],
+        ends: np.ndarray,
+        documents: np.ndarray | None = None,
+        sources: np.ndarray | None = None,
+        begin: int = 0,
+    ) -> None:
+        self.ends, self.documents = ends, documents
+        self._data, self._sources, self._begin = data, sources, begin
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The tokens at `start` to `stop`, those as targets, and the documents they belong to, numbered from 0: int64 arrays."""
         tokens, targets, documents = np.empty((3, stop - start), np.int64)
-        place = int(np.searchsorted(self._ends, start, side="right"))
+        place = int(np.searchsorted(self.ends, start, side="right"))
         number, at = 0, start
         while at < stop:
-            begin = int(self._ends[place - 1]) if place else 0
-            until = min(stop, int(self._ends[place]))
-            document = place if self._order is None else int(self._order[place])
+            begin = int(self.ends[place - 1]) if place else self._begin
+            until = min(stop, int(self.ends[place]))
+            document = place if self.documents is None else int(self.documents[place])
+            data = self._data[0 if self._sources is None else self._sources[place]]
             here = slice(at - start, until - start)
-            tokens[here] = self._data.read(document, at - begin, until - begin)
-            targets[here] = self._data.targets(document, at - begin, until - begin)
+            tokens[here] = data.read(document, at - begin, until - begin)
+            targets[here] = data.targets(document, at - begin, until - begin)
             documents[here] = number
             place, number, at = place + 1, number + 1, until
         return tokens, targets, documents
 
 
-def _row(tokens: np.ndarray, targets: np.ndarray, documents: np.ndarray, document_mask: bool) -> dict[str, np.ndarray]:
+def in_order(data: Documents, order: np.ndarray | None) -> Stream:
+    """All documents once, in `order`, or in their own where there is none."""
+    return Stream([data], data.ends if order is None else np.cumsum(np.diff(data.ends, prepend=0)[order]), order)
+
+
+def row_of(tokens: np.ndarray, targets: np.ndarray, documents: np.ndarray, document_mask: bool) -> dict[str, np.ndarray]:
     """A row by Batch field name, of one token more than it is long, what each is as a target, and its document."""
     count = len(tokens) - 1
     places = np.arange(count, dtype=np.int64)
@@ -116,18 +133,19 @@ class TrainingRows:
         # A pass's order takes 16 bytes a document and 8 a row: keep only the one being read.
         self._pass = lru_cache(maxsize=1)(self._make_pass)
 
-    def _make_pass(self, number: int) -> tuple[_Stream, np.ndarray | None]:
-        if not self._shuffle:
-            return _Stream(self.data, None), None
-        documents = shuffled(self.data.documents, self._seed, number, DOCUMENTS)
-        return _Stream(self.data, documents), shuffled(self.length, self._seed, number, ROWS)
+    def documents_of(self, number: int) -> Stream:
+        """The documents of pass `number`, before they are cut into rows."""
+        return in_order(self.data, shuffled(self.data.documents, self._seed, number, DOCUMENTS) if self._shuffle else None)
+
+    def _make_pass(self, number: int) -> tuple[Stream, np.ndarray | None]:
+        return self.documents_of(number), shuffled(self.length, self._seed, number, ROWS) if self._shuffle else None
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`, counted over all passes: int64 arrays of length seq_len by Batch field name."""
         number, place = within_repeat(index, self.length, self.repeat)
         stream, order = self._pass(number)
         start = (place if order is None else int(order[place])) * self._seq_len
-        return _row(*stream.read(start, start + self._seq_len + 1), self._document_mask)
+        return row_of(*stream.read(start, start + self._seq_len + 1), self._document_mask)
 
 
 class FilledRows:
@@ -138,7 +156,7 @@ class FilledRows:
 
     def __init__(self, data: Documents, *, seq_len: int, document_mask: bool, order: np.ndarray | None = None) -> None:
         self.length = max(0, -(-(data.tokens - 1) // seq_len))
-        self._stream, self._tokens = _Stream(data, order), data.tokens
+        self._stream, self._tokens = in_order(data, order), data.tokens
         self._seq_len, self._document_mask = seq_len, document_mask
 
     def row(self, index: int) -> dict[str, np.ndarray]:
@@ -146,7 +164,7 @@ class FilledRows:
         start = index * self._seq_len
         tokens, targets, documents = self._stream.read(start, min(start + self._seq_len + 1, self._tokens))
         missing = self._seq_len + 1 - len(tokens)
-        return _row(
+        return row_of(
             np.pad(tokens, (0, missing)),
             np.pad(targets, (0, missing), constant_values=IGNORE),
             np.pad(documents, (0, missing), constant_values=documents[-1] + 1),

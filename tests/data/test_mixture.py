@@ -51,6 +51,12 @@ def drawn(rows: MixtureRows, indices: range) -> list[tuple[str, int]]:
     return [rows.row(index)["tokens_bt"] for index in indices]
 
 
+def source_of(rows: MixtureRows, index: int) -> str:
+    """The source of a row in a mixture of rows."""
+    before = rows.read(index)
+    return next(name for name, count in rows.read(index + 1).items() if count > before.get(name, 0))
+
+
 def test_each_source_is_read_in_its_own_order_without_gaps_through_every_change():
     rows = mixture("a=0.7 b=0.3", "5: a=1 b=1 c=2", "9: c=1", "14: a=2 b=1")
     stream = drawn(rows, range(200))
@@ -164,7 +170,7 @@ def test_tokens_read_of_a_source_are_within_a_row_of_its_share_over_any_rows_and
     read, empty = np.zeros((301, 2)), np.zeros(301)
     for index in range(300):
         count = int((rows.row(index)["targets_bt"] != IGNORE).sum())
-        read[index + 1, ["web", "code"].index(rows.at(index)[0])] = count
+        read[index + 1, ["web", "code"].index(source_of(rows, index))] = count
         empty[index + 1] = config.seq_len - count
     read, empty = read.cumsum(axis=0), empty.cumsum()
     off = np.abs(read - shares * read.sum(axis=1, keepdims=True)).max(axis=1)
@@ -176,19 +182,19 @@ def test_tokens_read_of_a_source_are_within_a_row_of_its_share_over_any_rows_and
 
 
 @pytest.mark.parametrize("words", [40, 2])
-def test_tokens_are_within_the_longer_of_a_document_and_a_row_of_their_share_and_within_two_over_any_stretch(config, tmp_path, words):
-    """Of the longest document of each source; a row of short ones has several of one source."""
+def test_mixed_by_rows_tokens_are_within_the_longer_of_a_document_and_a_row_of_their_share(config, tmp_path, words):
+    """And within two over any stretch. Of the longest document of each source; a row of short ones has several of one source."""
     for name, more in (("web", words), ("code", words // 2)):
         texts = [" ".join(sentences(n + 30)[n:]).split()[: words + n % more] for n in range(90)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": " ".join(text)}) + "\n" for text in texts))
     paths = (f"web={tmp_path}/web.jsonl", f"code={tmp_path}/code.jsonl")
-    rows = opened(replace(config, paths=paths, mixture=("web=5 code=3",)), tmp_path / "cache")
+    rows = opened(replace(config, paths=paths, mixture=("web=5 code=3",), mixture_of="rows"), tmp_path / "cache")
     assert isinstance(rows.sources["web"], TrainingRows)
     longest = {name: int(np.diff(source.data.ends, prepend=0).max()) for name, source in rows.sources.items()}
     assert (min(longest.values()) > config.seq_len) == (max(longest.values()) > config.seq_len) == (words == 40)
     names, shares, read = list(longest), np.array([5 / 8, 3 / 8]), np.zeros((401, 2))
     for index in range(400):
-        read[index + 1, names.index(rows.at(index)[0])] = (rows.row(index)["targets_bt"] != IGNORE).sum()
+        read[index + 1, names.index(source_of(rows, index))] = (rows.row(index)["targets_bt"] != IGNORE).sum()
     read = read.cumsum(axis=0)
     over = read - shares * read.sum(axis=1, keepdims=True)
     most = np.maximum([longest[name] for name in names], config.seq_len)
@@ -208,7 +214,7 @@ def test_a_source_has_the_same_rows_whatever_it_is_mixed_with(config, tmp_path):
     found = []
     for rows in (opened(config, tmp_path / "cache"), opened(three, tmp_path / "cache")):
         length = rows.sources["code"].length
-        own = [rows.row(index)["tokens_bt"].tolist() for index in range(8 * length) if rows.at(index)[0] == "code"]
+        own = [rows.row(index)["tokens_bt"].tolist() for index in range(8 * length) if source_of(rows, index) == "code"]
         found.append(own[: 2 * length])
         assert sorted(own[:length]) != own[:length]
     assert found[0] == found[1]
