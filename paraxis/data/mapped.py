@@ -43,12 +43,21 @@ class Mapped:
             self._compare(parts)
         return self._data[start:stop]
 
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, entries: slice) -> np.ndarray:
+        """Entries that follow one another, as `read` gives them."""
+        start, stop, step = entries.indices(len(self))
+        assert step == 1
+        return self.read(start, max(start, stop))
+
     def _compare(self, parts: slice) -> None:
         for part in range(parts.start, min(parts.stop, len(self._trusted))):
             data = self._data[part * self._entries : (part + 1) * self._entries]
             if hashlib.sha256(data.tobytes()).digest() != self._hashes[part].tobytes():
                 raise DataError(
-                    f"the tokens are damaged: bytes {part * PART_BYTES} to {part * PART_BYTES + data.nbytes} of {self._path} do not match "
+                    f"the data are damaged: bytes {part * PART_BYTES} to {part * PART_BYTES + data.nbytes} of {self._path} do not match "
                     f"their SHA-256; delete the folder {self._path.parent} and make it again"
                 )
             self._trusted[part] = True
@@ -61,7 +70,7 @@ def _beside(path: Path) -> Path:
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     if not path.is_file() or path.stat().st_size != count * dtype.itemsize:
         raise DataError(
-            f"the tokens are damaged: {path} is missing or not {count * dtype.itemsize} bytes; "
+            f"the data are damaged: {path} is missing or not {count * dtype.itemsize} bytes; "
             f"delete the folder {path.parent} and make it again"
         )
     return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)

@@ -86,13 +86,14 @@ def _mixing(config: DataConfig, opened: Mapping[str, TrainingRows | PackedRows |
                 "set data.tokenize=ahead or data.mixture_of=rows"
             )
         return RowMixing(opened)
+    if config.mixture_of == "rows":
+        return RowMixing(opened)
     mixing = DocumentMixing(ends_known, seq_len=config.seq_len, document_mask=config.document_mask)
-    of = config.mixture_of
-    if of == "auto":
+    if config.mixture_of == "auto":
         of = "documents" if mixing.longest < config.seq_len else "rows"
         log.info("data.mixture_of: auto chose %s: the longest document has %d tokens, a row %d", of, mixing.longest, config.seq_len)
-    if of == "rows":
-        return RowMixing(opened)
+        if of == "rows":
+            return RowMixing(opened)
     for change in config.changes:
         log.info("from step %d on no source is more than %.0f tokens from its share", change.step, mixing.furthest(change))
     return mixing

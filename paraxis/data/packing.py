@@ -10,17 +10,18 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from paraxis.base.errors import DataError
 from paraxis.base.seams import IGNORE
 from paraxis.data.cache import made_once
+from paraxis.data.mapped import Mapped, hash_parts
 from paraxis.data.rows import ROWS, row_fingerprint, shuffled, within_repeat
 from paraxis.data.shards import Documents, Prepared
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS = ("row_ends", "documents", "starts", "counts")
 
 
@@ -59,14 +60,28 @@ def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
     return bins
 
 
+class Entries(Protocol):
+    """An int64 array in memory, or one in a file, of which what is read is compared with its hash first."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, entries: slice, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Row r is made of pieces row_ends[r-1] to row_ends[r]: `counts` inputs of `documents`, from `starts` on. All int64."""
+    """Row r is made of pieces row_ends[r-1] to row_ends[r]: `counts` inputs of `documents`, from `starts` on."""
 
-    row_ends: np.ndarray
-    documents: np.ndarray
-    starts: np.ndarray
-    counts: np.ndarray
+    row_ends: Entries
+    documents: Entries
+    starts: Entries
+    counts: Entries
+
+    def pieces(self, row: int) -> list[tuple[int, int, int]]:
+        """The document, the start and the count of each piece of a row."""
+        begin = int(self.row_ends[row - 1 : row][0]) if row else 0
+        pieces = slice(begin, int(self.row_ends[row : row + 1][0]))
+        return list(zip(self.documents[pieces].tolist(), self.starts[pieces].tolist(), self.counts[pieces].tolist(), strict=True))
 
 
 def make_plan(data: Documents, seq_len: int, long_documents: Literal["split", "drop"]) -> Plan:
@@ -94,6 +109,7 @@ def kept_plan(data: Prepared, seq_len: int, long_documents: Literal["split", "dr
         plan = make_plan(data, seq_len, long_documents)
         for name in ARRAYS:
             getattr(plan, name).astype("<i8").tofile(partial / f"{name}.bin")
+            hash_parts(partial / f"{name}.bin")
 
     folder = made_once(cache, f"packed-{key}", make)
     try:
@@ -102,8 +118,11 @@ def kept_plan(data: Prepared, seq_len: int, long_documents: Literal["split", "dr
         raise DataError(f"the data cache is damaged: {error}; delete the folder {folder} and it is made again") from error
 
 
-def _map(path: Path) -> np.ndarray:
-    return np.memmap(path, "<i8", mode="r") if path.stat().st_size else np.empty(0, "<i8")
+def _map(path: Path) -> Mapped:
+    dtype = np.dtype("<i8")
+    entries = Mapped(path, dtype, path.stat().st_size // dtype.itemsize)
+    entries.read(max(0, len(entries) - 1), len(entries))  # by its last part's hash the file is as long as it was
+    return entries
 
 
 class PlannedRows:
@@ -117,10 +136,8 @@ class PlannedRows:
         """Row `row` of `length`: int64 arrays of length seq_len by Batch field name."""
         tokens, targets = np.zeros(self._seq_len, np.int64), np.full(self._seq_len, IGNORE, np.int64)
         positions, documents = np.arange(self._seq_len), np.zeros(self._seq_len, np.int64)
-        begin = int(self._plan.row_ends[row - 1]) if row else 0
         at = 0
-        for piece in range(begin, int(self._plan.row_ends[row])):
-            document, start, count = (int(part[piece]) for part in (self._plan.documents, self._plan.starts, self._plan.counts))
+        for document, start, count in self._plan.pieces(row):
             tokens[at : at + count] = self._data.read(document, start, start + count)
             targets[at : at + count] = self._data.targets(document, start + 1, start + count + 1)
             at += count
@@ -170,7 +187,7 @@ class PackedRows:
     @property
     def waste(self) -> float:
         """The share of places that stay empty."""
-        return 1 - int(self._plan.counts.sum()) / (self.length * self._seq_len)
+        return 1 - int(self._plan.counts[:].sum()) / (self.length * self._seq_len)
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`, counted over all passes: int64 arrays of length seq_len by Batch field name."""

@@ -76,10 +76,14 @@ def test_help_has_examples(capsys):
     assert "paraxis data prepare demo" in capsys.readouterr().out
 
 
-def test_the_mixture_of_a_run_may_change_where_it_stopped_but_not_before(folder):
+@pytest.mark.parametrize("how", ["--data.packing=best_fit", "--data.mixture_of=documents"])
+def test_the_mixture_of_a_run_may_change_where_it_stopped_but_not_before(folder, how):
+    for name in ("web", "code"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {text}"}) + "\n" for text in sentences(80)))
+
     def train(steps: int, *mixture: str, run: str) -> list[str]:
-        paths = "--data.paths=" + ",".join(f"{name}={name}.txt" for name in ("web", "code")[: 1 if mixture == ("web=1",) else 2])
-        mixed = [paths, f"--data.mixture={','.join(mixture)}", "--data.packing=best_fit", "--data.document_mask=true"]
+        paths = "--data.paths=" + ",".join(f"{name}={name}.jsonl" for name in ("web", "code")[: 1 if mixture == ("web=1",) else 2])
+        mixed = [paths, f"--data.mixture={','.join(mixture)}", how, "--data.document_mask=true"]
         return ["train", "debug", *SETTINGS, *mixed, *SMALL, f"--train.steps={steps}", "--metrics.tensorboard=false", f"--run-dir={run}"]
 
     def losses(run: str) -> dict[int, float]:
@@ -94,6 +98,9 @@ def test_the_mixture_of_a_run_may_change_where_it_stopped_but_not_before(folder)
     assert len(losses("planned")) == 4
     words = refusal(paraxis(*train(5, "web=1", "1: web=1 code=1", run="changed"), own, folder=folder), 77)
     assert "was saved with the mixture [0: web=1, 2: web=1/2 code=1/2]" in words
+    other = "--data.mixture_of=rows" if "documents" in how else "--data.packing=concatenate"
+    words = refusal(paraxis(*train(5, "web=1", "2: web=1 code=1", run="changed"), own, other, folder=folder), 77)
+    assert ("was saved with a mixture of documents, but now it is one of rows" if "documents" in how else "it is data.packing") in words
 
 
 def test_a_run_on_live_tokens_goes_on_on_another_layout_as_if_nothing_had_been(folder):

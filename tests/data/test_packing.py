@@ -1,5 +1,6 @@
 """Best-fit packing: every input once a pass, next to nothing wasted, no target across documents."""
 
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -112,10 +113,49 @@ def test_a_plan_is_made_once_and_kept(data, tmp_path):
     first = kept_plan(data, SEQ, "split", tmp_path / "plans")
     again = kept_plan(data, SEQ, "split", tmp_path / "plans")
     assert len([path for path in (tmp_path / "plans").iterdir() if path.is_dir()]) == 1
-    assert first.counts.tolist() == again.counts.tolist() == make_plan(data, SEQ, "split").counts.tolist()
+    assert first.counts[:].tolist() == again.counts[:].tolist() == make_plan(data, SEQ, "split").counts[:].tolist()
     (tmp_path / "plans" / next(path.name for path in (tmp_path / "plans").iterdir() if path.is_dir()) / "counts.bin").unlink()
     with pytest.raises(DataError, match="the data cache is damaged"):
         kept_plan(data, SEQ, "split", tmp_path / "plans")
+
+
+@pytest.mark.parametrize("name", ["row_ends", "documents", "starts", "counts"])
+@pytest.mark.parametrize("kind", ["bin", "sha256"])
+def test_a_flipped_bit_in_a_kept_plan_is_refused_by_the_files_name(data, tmp_path, monkeypatch, name, kind):
+    monkeypatch.setattr("paraxis.data.mapped.PART_BYTES", 64)
+
+    def read(flipped: int | None) -> str:
+        """What is refused of a new plan with this byte flipped, in opening it or in reading its first row."""
+        cache = tmp_path / f"flipped-{flipped}"
+        kept_plan(data, SEQ, "split", cache)
+        (path,) = cache.glob(f"*/{name}.{kind}")
+        content = bytearray(path.read_bytes())
+        if flipped is not None:
+            content[flipped] ^= 1
+        path.write_bytes(content)
+        try:
+            plan = kept_plan(data, SEQ, "split", cache)
+        except DataError as error:
+            return f"opening: {error}"
+        try:
+            PackedRows(data, plan, seq_len=SEQ, document_mask=True, shuffle=False, seed=1).row(0)
+        except DataError as error:
+            return f"reading: {error}"
+        return ""
+
+    assert read(None) == ""
+    for place, when in ((0, "reading"), (-1, "opening")):
+        assert re.match(rf"{when}: the data are damaged: bytes \d+ to .*{name}\.bin do not match their SHA-256", read(place))
+
+
+@pytest.mark.parametrize("name", ["row_ends", "documents", "starts", "counts"])
+def test_a_kept_plan_that_has_become_shorter_is_refused(data, tmp_path, name):
+    kept_plan(data, SEQ, "split", tmp_path / "plans")
+    (path,) = (tmp_path / "plans").glob(f"*/{name}.bin")
+    for less in (1, 8):
+        path.write_bytes(path.read_bytes()[:-less])
+        with pytest.raises(DataError, match=rf"the data are damaged: .*{name}\.bin"):
+            kept_plan(data, SEQ, "split", tmp_path / "plans")
 
 
 def test_packing_is_part_of_the_fingerprint(data):
