@@ -5,10 +5,10 @@ a document of n tokens whose first is token S of a stream of weight w has the ta
 and documents come in the order of their tags. More streams are merged two by two, in a tree: merged all at once, many of little
 weight may be due together, and a stream of great weight would fall behind by a document for each of them.
 
-How far from its share a stream may be: where documents with tags below v have come, a stream has at most half its longest document
-more or less than w * v tokens, since none that is out is later than its middle, and none that is due is. With shares w and 1 - w and
-longest documents L and M the first is therefore at most ((1 - w) L + w M) / 2 from its share of what both have, after any number of
-tokens. Further down in the tree, what the branch itself is off by is added, times the share in the branch; `furthest` adds it up.
+How far from its share a stream may be: once the documents with tags below v are out, which are those whose middle lies before token
+w * v of their stream, it has given x tokens, at most half its longest document L more or less than w * v. Another of share 1 - w and
+longest document M has given y, and x - w (x + y) = (1 - w) (x - w v) - w (y - (1 - w) v): at most ((1 - w) L + w M) / 2 either way. In
+the midst of a document the same holds, with its tag as v. Further down in the tree w times what the branch itself is off is added.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class Laid(NamedTuple):
 
 
 class Branch(Protocol):
-    """An endless stream of documents, of which the longest has `longest` tokens."""
+    """An endless stream of documents, of which the longest has `longest` tokens; shares are those of the weights."""
 
     weight: int
     longest: int
@@ -52,7 +52,7 @@ class Branch(Protocol):
         ...
 
 
-class Source:
+class Leaf:
     """A source by itself: `own` lays out its documents, and is asked for them from token `offset` on, where a document begins."""
 
     def __init__(self, number: int, weight: int, longest: int, own: Callable[[int, int], Laid], offset: int) -> None:
@@ -93,7 +93,7 @@ class Pair:
         return {k: v for branch, tokens in zip(self._both, of_each, strict=True) for k, v in branch.counts(tokens).items()}
 
     def furthest(self, above: Fraction) -> Fraction:
-        """The larger of what the two may be off. See above."""
+        """The larger of what the two may be off: see the head of this file."""
         found = []
         for one, other in (self._both, self._both[::-1]):
             here = Fraction(other.weight * one.longest + one.weight * other.longest, 2 * self.weight)
@@ -102,8 +102,8 @@ class Pair:
 
     def _merged(self, start: int, stop: int) -> tuple[Laid, np.ndarray, np.ndarray]:
         """The documents that have tokens `start` to `stop`; which are of the second stream, and where in its own each begins."""
-        # Of its share of `start` a stream has read all but half a document, and that of both lies within one of the time: so with
-        # two documents more on either side nothing is missing between.
+        # At time v both have given v tokens, one longest document more or less, and each its share of v, half a document more or
+        # less. So with two documents more on either side of its share nothing of a stream is missing between.
         margin = 2 * self.longest + 2
         parts = [
             branch.laid(max(0, start * branch.weight // self.weight - margin), -(-stop * branch.weight // self.weight) + margin)

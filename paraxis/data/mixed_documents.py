@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paraxis.base.errors import DataError
-from paraxis.data.merged import Branch, Laid, Source, merged
+from paraxis.data.merged import Branch, Laid, Leaf, merged
 from paraxis.data.mixture import Change, whole_weights
 from paraxis.data.rows import Stream, TrainingRows, row_of
 
@@ -57,7 +57,7 @@ class DocumentMixing:
 
     def __init__(self, sources: Mapping[str, TrainingRows], *, seq_len: int, document_mask: bool) -> None:
         self.seq_len, self.document_mask = seq_len, document_mask
-        self.names = sorted(sources)  # of two documents that are due together the first name's comes first
+        self.names = sorted(sources)  # the order in which weights are spelled has no say
         self.data = [sources[name].data for name in self.names]
         self.passes = [_Passes(sources[name]) for name in self.names]
 
@@ -79,7 +79,7 @@ class DocumentMixing:
         weights = whole_weights(change.shares)
         return merged(
             [
-                Source(number, weights[name], passes.longest, passes.laid, before.get(name, 0))
+                Leaf(number, weights[name], passes.longest, passes.laid, before.get(name, 0))
                 for number, (name, passes) in enumerate(zip(self.names, self.passes, strict=True))
                 if name in weights
             ]

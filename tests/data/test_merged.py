@@ -7,7 +7,7 @@ from itertools import accumulate, islice
 import numpy as np
 import pytest
 
-from paraxis.data.merged import Branch, Laid, Pair, Source, merged
+from paraxis.data.merged import Branch, Laid, Leaf, Pair, merged
 
 Tree = int | tuple["Tree", "Tree"]
 
@@ -32,8 +32,8 @@ def cycle(lengths: Sequence[int]) -> Callable[[int, int], Laid]:
     return laid
 
 
-def source(number: int, weight: int, lengths: Sequence[int], offset: int = 0) -> Source:
-    return Source(number, weight, max(lengths), cycle(lengths), offset)
+def source(number: int, weight: int, lengths: Sequence[int], offset: int = 0) -> Leaf:
+    return Leaf(number, weight, max(lengths), cycle(lengths), offset)
 
 
 def one_by_one(tree: Tree, weights: Sequence[int], lengths: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
