@@ -18,7 +18,7 @@ from paraxis.bench.percent import percent, summaries
 from paraxis.bench.results import read_results
 from paraxis.bench.step import configured
 from paraxis.plan.hardware import Cluster
-from paraxis.plan.predict import Prediction, predict
+from paraxis.plan.predict import Prediction, predict, runs_in
 from paraxis.train.config import RunConfig
 
 GIB = 1 << 30
@@ -94,14 +94,15 @@ def measured_rows(runs: Sequence[MeasuredRun], cluster: Cluster) -> Iterator[dic
         try:
             if key not in known:
                 known[key] = predict(run.config, cluster, run.ranks)
-            made.append(record(run, known[key]))
+            limited = run.limit_gib is not None and runs_in(run.config, cluster, run.ranks, run.limit_gib * GIB)
+            made.append(record(run, known[key], runs=limited if run.limit_gib is not None else known[key].runs))
         except ConfigError as error:
             made.append(record(run, None, str(error)))
         yield made[-1]
     yield from verdicts(made)
 
 
-def record(run: MeasuredRun, said: Prediction | None, problem: str = "") -> dict[str, Any]:
+def record(run: MeasuredRun, said: Prediction | None, problem: str = "", *, runs: bool | None = None) -> dict[str, Any]:
     """A row of the table. Percents are how far predicted is from measured, with their sign.
 
     Under a limit the allocator gives back what it would have kept, and takes its time over it: what is reserved, and the step's time,
@@ -111,7 +112,6 @@ def record(run: MeasuredRun, said: Prediction | None, problem: str = "") -> dict
     free = ran and run.limit_gib is None
     allocated, reserved = (run.allocated_gib if ran else None), (run.reserved_gib if free else None)
     step_s = run.step_s if free else None
-    limit = said and (said.usable if run.limit_gib is None else run.limit_gib * GIB)
     return {
         "set": "calibrating" if run.calibrates else "scored",
         "row": run.name,
@@ -126,7 +126,7 @@ def record(run: MeasuredRun, said: Prediction | None, problem: str = "") -> dict
         "step_percent": percent(said and said.step_s, step_s),
         "limit_gib": run.limit_gib,
         "ran": None if run.error and not run.out_of_memory else not run.out_of_memory,
-        "said_to_fit": None if said is None else said.reserved <= (limit or 0),
+        "said_to_fit": runs,
         "problem": problem or (None if run.out_of_memory else run.error) or None,
     }
 

@@ -17,21 +17,27 @@ _reduce_scatter_first = getattr(functional, "reduce_scatter_single", None) or fu
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def _waited(x: Tensor) -> Tensor:
+    """What a collective brings, once it is there. Traced ones wait by themselves; a compiler that sees two waits keeps for backward what
+    nobody needs there."""
+    return functional.wait_tensor(x) if isinstance(x, functional.AsyncCollectiveTensor) else x
+
+
 # The collectives work along the first dimension. torch's own handling of another one cannot be compiled on 2.11.
 def _all_gather(x: Tensor, group: Group) -> Tensor:
     ranks, b, *rest = group.size(), *x.shape
-    parts = functional.wait_tensor(_all_gather_first(x.contiguous(), 0, group))
+    parts = _waited(_all_gather_first(x.contiguous(), 0, group))
     return parts.view(ranks, b, *rest).transpose(0, 1).reshape(b, ranks * rest[0], *rest[1:])
 
 
 def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     ranks, b, t, *rest = group.size(), *x.shape
     parts = x.view(b, ranks, t // ranks, *rest).transpose(0, 1).reshape(ranks * b, t // ranks, *rest)
-    return functional.wait_tensor(_reduce_scatter_first(parts.contiguous(), "sum", 0, group))
+    return _waited(_reduce_scatter_first(parts.contiguous(), "sum", 0, group))
 
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
+    return _waited(functional.all_reduce(x.contiguous(), "sum", group))
 
 
 class _Gather(torch.autograd.Function):

@@ -57,7 +57,11 @@ def _finer(own: Candidate, other: Candidate) -> bool:
 
 def why_refused(option: Option) -> str:
     """How much an option lacks."""
-    return f"memory {gib(option.reserved - option.usable)} GiB too much: {gib(option.reserved)} of {gib(option.usable)}"
+    said = f"memory {gib(option.reserved - option.usable)} GiB too much: {gib(option.reserved)} of {gib(option.usable)}"
+    if option.prediction is not None and option.prediction.runs:
+        in_use = gib(option.prediction.allocated)
+        return f"{said}; it would run, slowly: {in_use} GiB are in use at a time, the rest is given back and asked for again"
+    return said
 
 
 def placed(option: Option) -> str:

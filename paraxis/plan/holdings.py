@@ -15,6 +15,7 @@ from paraxis.optim.build import state_names
 from paraxis.plan.blocks import BlockKind, Matrix, Shape, read_shape
 from paraxis.plan.candidates import Candidate
 from paraxis.plan.hardware import Cluster
+from paraxis.plan.trace import WORKSPACE_BYTES
 from paraxis.train.choose import WHOLE_GRADIENT_SHARE
 from paraxis.train.config import RunConfig
 from paraxis.train.stages import layer_costs
@@ -129,6 +130,7 @@ class Holdings:
             "optimizer": stored * master * len(state_names(self.config.optim)),
             "activations": activations,
             "communication": largest * (compute + reduce) if d.shards * d.dp > 1 else 0.0,
+            "other": 2.0 * WORKSPACE_BYTES,
         }
         return {**held, "fragmentation": FRAGMENTATION * sum(held.values())}
 

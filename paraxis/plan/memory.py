@@ -139,6 +139,10 @@ class Sketch:
         found, traced = self.step.peak(), self.as_traced.step.peak()
         return replace(found, reserved=found.bytes + self.base.reserved - traced.bytes)
 
+    def runs_in(self, usable: float) -> bool:
+        """Whether the step runs at all in so many bytes: where it needs them, the allocator gives back what it has reserved in vain."""
+        return self.base.fits(usable - (self.step.peak().bytes - self.as_traced.step.peak().bytes))
+
     @functools.cached_property
     def as_traced(self) -> "Sketch":
         """The traced step itself."""

@@ -201,8 +201,8 @@ def memory_summary(prediction: Prediction) -> str:
     """The fullest rank in one sentence."""
     said = f"Rank {prediction.rank} is the fullest: {size(prediction.allocated)} at its peak, {size(prediction.reserved)} reserved, of "
     lacking = prediction.reserved - prediction.usable
-    said += f"{size(prediction.usable)} usable" + (f"; {size(lacking)} too much." if lacking > 0 else ".")
-    return said
+    slowly = " to run without giving memory back in every step" if prediction.runs else ""
+    return f"{said}{size(prediction.usable)} usable" + (f"; {size(lacking)} too much{slowly}." if lacking > 0 else ".")
 
 
 def _ranks(prediction: Prediction) -> set[int]:

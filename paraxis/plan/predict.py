@@ -35,7 +35,8 @@ class Prediction:
     `tokens_per_s` is that of one device. `mfu` is None where the model does not count its operations. `exposed_s` is the time that the
     rank which waits longest waits for messages with nothing to compute; `bubble` the time ranks wait for each other in a pipeline over the
     time they work. `peak` says what rank `rank` holds at its fullest, by category, and what the caching allocator has reserved then;
-    `usable` is what it can have on the device, in bytes. `timeline` has what each rank of a pipeline does when, `memory` what rank `rank`
+    `usable` is what it can have on the device, in bytes; `runs` says whether the step can do with that, if only by giving back what is
+    reserved in vain and asking for it again in every step, which takes time that is not foretold. `timeline` has what each rank of a pipeline does when, `memory` what rank `rank`
     holds when: (seconds from the step's start, bytes by category), at most CURVE points.
     """
 
@@ -47,6 +48,7 @@ class Prediction:
     rank: int
     peak: Peak
     usable: int
+    runs: bool
     timeline: Sequence[Span]
     memory: Sequence[tuple[float, Mapping[str, int]]]
 
@@ -83,31 +85,12 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
 
     `exact` traces every block instead of a few. Raises ConfigError for a configuration that cannot run.
     """
-    model = whole_model(config)
-    refuse_unpredictable(config, model)
     placement = range(ranks) if placement is None else placement
     if len(placement) != ranks or ranks > cluster.ranks:
         raise ConfigError(f"{ranks} ranks on {len(placement)} devices of {cluster.name}, which has {cluster.ranks}; give it more (--gpus)")
     degrees = config.parallel.degrees.filling(ranks)
-    stages = build_stages(config, degrees, model)
-    first = [pipeline_rank * ranks // degrees.pp for pipeline_rank in range(degrees.pp)]
-    places = [Place(cluster, rank, placement, degrees) for rank in first]
-    splits = stages is not None and stages.schedule.splits_backward  # for which `compile=auto` is none
-    compiled = config.compile == "inductor" or (config.compile == "auto" and not splits)
-    traced: dict[object, tuple[Sketch, Steps]] = {}
-    sketches: list[Sketch] = []
-    steps: list[Steps] = []
-    for number, place in enumerate(places):
-        device = PretendedDevice("cpu", 0, place.accelerator.name, place.accelerator.memory_bytes)
-        kind = (_kind(stages, number) if stages else None), device
-        if kind not in traced:
-            found = sketch(config, ranks, first[number], device, exact=exact)
-            traced[kind] = found, Steps(found.base, place, compiled, found.extra, found.leading)
-        one, own = traced[kind]
-        if stages:
-            one = one.of(number, [len(stages.layers[stage]) for stage in _own(stages, number)])
-        sketches.append(one)
-        steps.append(own.of(place, one.extra))
+    stages, places, sketches, steps = _sketches(config, cluster, placement, exact)
+    first = [place.rank for place in places]
     played = _piped(config, degrees, stages.schedule, sketches, steps) if stages else _alone(sketches[0], steps[0])
     peaks = [one.peak() for one in sketches]
     fullest = max(range(degrees.pp), key=lambda number: (peaks[number].reserved or 0) - places[number].accelerator.usable_bytes)
@@ -123,9 +106,50 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
         rank=first[fullest],
         peak=peaks[fullest],
         usable=places[fullest].accelerator.usable_bytes,
+        runs=all(_runs(*one) for one in zip(sketches, peaks, [place.accelerator.usable_bytes for place in places], strict=True)),
         timeline=played.spans,
         memory=_curve(sketches[fullest].step, steps[fullest], [span for span in played.spans if span.rank == fullest]),
     )
+
+
+def runs_in(config: RunConfig, cluster: Cluster, ranks: int, bytes: float) -> bool:
+    """Whether `config` runs where the allocator of each of the first `ranks` devices of `cluster` may have so many bytes, and no more."""
+    sketches = _sketches(config, cluster, range(ranks), False)[2]
+    return all(_runs(one, one.peak(), bytes) for one in sketches)
+
+
+def _runs(sketch: Sketch, peak: Peak, usable: float) -> bool:
+    return (peak.reserved or 0) <= usable or sketch.runs_in(usable)
+
+
+def _sketches(
+    config: RunConfig, cluster: Cluster, placement: Sequence[int], exact: bool
+) -> tuple[Stages | None, list[Place], list[Sketch], list[Steps]]:
+    """The stages of a run; and of each of its pipeline ranks the place of the first that does the same, and its step, in memory and in
+    time."""
+    model = whole_model(config)
+    refuse_unpredictable(config, model)
+    ranks = len(placement)
+    degrees = config.parallel.degrees.filling(ranks)
+    stages = build_stages(config, degrees, model)
+    places = [Place(cluster, pipeline_rank * ranks // degrees.pp, placement, degrees) for pipeline_rank in range(degrees.pp)]
+    splits = stages is not None and stages.schedule.splits_backward  # for which `compile=auto` is none
+    compiled = config.compile == "inductor" or (config.compile == "auto" and not splits)
+    traced: dict[object, tuple[Sketch, Steps]] = {}
+    sketches: list[Sketch] = []
+    steps: list[Steps] = []
+    for number, place in enumerate(places):
+        device = PretendedDevice("cpu", 0, place.accelerator.name, place.accelerator.memory_bytes)
+        kind = (_kind(stages, number) if stages else None), device
+        if kind not in traced:
+            found = sketch(config, ranks, place.rank, device, exact=exact)
+            traced[kind] = found, Steps(found.base, place, compiled, found.extra, found.leading)
+        one, own = traced[kind]
+        if stages:
+            one = one.of(number, [len(stages.layers[stage]) for stage in _own(stages, number)])
+        sketches.append(one)
+        steps.append(own.of(place, one.extra))
+    return stages, places, sketches, steps
 
 
 def _curve(step: Step, steps: Steps, spans: Sequence[Span]) -> list[tuple[float, Mapping[str, int]]]:
@@ -194,5 +218,6 @@ def _piped(config: RunConfig, degrees: Degrees, schedule: Schedule, traced: Sequ
         message_s=lambda source, target: places[source].message_s(places[target], math.prod(shape) * dtype.itemsize),
         link=lambda source, target: places[source].link([places[source].device, places[target].device]),
         overlap=[place.accelerator.overlap for place in places],
+        posted=[place.accelerator.posted for place in places],
     )
     return finished(players, [one.tail() for one in steps])

@@ -2,10 +2,10 @@
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -18,9 +18,10 @@ from paraxis.base.axes import Degrees
 from paraxis.base.dtypes import precision
 from paraxis.base.schedule import Action
 from paraxis.base.seams import Batch
+from paraxis.ops import loss
 from paraxis.parallel.expert import ExpertDispatch
 from paraxis.parallel.fsdp import fsdp_units
-from paraxis.plan.allocator import reserved_bytes
+from paraxis.plan.allocator import fits, reserved_bytes
 from paraxis.plan.compiled import pretending_to_compile
 from paraxis.plan.fusion import COMPILED, last_uses, merged
 from paraxis.plan.operators import Operator, describe
@@ -43,8 +44,9 @@ _SAYS = {
     "c10d::recv_": (0, "communication"),
     "fsdp::chunk_cat": (0, "gradients"),
 }
-# FSDP allocates these outputs on CUDA streams of their own, where only the like of them find room.
-_STREAM = {"c10d::_allgather_base_": 1, "c10d::_reduce_scatter_base_": 2}
+# What cuBLAS takes of the allocator for each thread that multiplies, of which there are two: the host's, and autograd's for the device.
+# That of Hopper and later; torch's own default elsewhere is a quarter of it.
+WORKSPACE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,18 @@ class Trace:
     marks: list[Mark] = field(default_factory=list)
     owner: dict[int, tuple[int, int]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def reserved(self) -> int:
         """What CUDA's caching allocator reserves for it, in bytes."""
+        return reserved_bytes(*self._allocations())
+
+    def fits(self, limit: float) -> bool:
+        """Whether the allocator can do with `limit` bytes, giving back and asking again where it has to."""
+        return fits(*self._allocations(), limit)
+
+    def _allocations(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
         before = [(self.stream.get(number, 0), number, held) for number, held in sorted(self.before.items())]
-        return reserved_bytes(before, ((self.stream.get(number, 0), number, change) for number, change in self.events))
+        return before, [(self.stream.get(number, 0), number, change) for number, change in self.events]
 
 
 class Recorder(PretendedMemory):
@@ -103,10 +112,12 @@ class Recorder(PretendedMemory):
         self.trace = Trace()
         self.default = "other"
         self.lane = "compute"
+        self.in_graph = False  # whether what runs is a compiled function outside blocks
         self.follows = False  # whether operators are noted, not only allocations
         self._places: dict[Any, tuple[int, int]] = {}  # of blocks' parameters and buffers
         self._held: dict[int, tuple[int, int]] = {}  # by storage: the allocation and its bytes
         self._watched: dict[int, weakref.ref[Any]] = {}
+        self._streams: dict[Any, int] = {torch.cpu.current_stream(): 0}
 
     @contextmanager
     def sees_resizes(self) -> Iterator[None]:
@@ -125,11 +136,9 @@ class Recorder(PretendedMemory):
         for x in tree_leaves(out) if result is None else new_outputs(out, result):
             if self.holds(x):
                 self._set(x.untyped_storage(), None)
-        if (said := _SAYS.get(name := func._schema.name)) is not None:
+        if (said := _SAYS.get(func._schema.name)) is not None:
             place, category = said
             self.call(category, tree_leaves(args[place]), only="activations")
-        if (stream := _STREAM.get(name)) is not None and (number := self.number(args[0])) is not None:
-            self.trace.stream[number] = stream
         if self.follows and (operator := self._described(func, args, kwargs, out, call, result)) is not None:
             self.note(operator)
 
@@ -154,6 +163,8 @@ class Recorder(PretendedMemory):
 
     def note(self, operator: Operator) -> None:
         """The device is asked for something."""
+        if operator.fusible and self.at[0] == "between" and not self.in_graph:  # of what is outside blocks, only some is compiled
+            operator = replace(operator, fusible=False)
         self.trace.operators.append(operator)
 
     def mark(self, kind: str, action: Action | None = None) -> None:
@@ -192,6 +203,9 @@ class Recorder(PretendedMemory):
     def start(self) -> None:
         """The step begins: what is held now it finds."""
         self.trace.before = dict(self._held.values())
+        for _ in range(2):
+            self.trace.before[len(self.trace.category)] = WORKSPACE_BYTES
+            self.trace.category.append("other")
         self.trace.events.clear()
         self.follows = True
 
@@ -214,6 +228,9 @@ class Recorder(PretendedMemory):
         if number < 0 or not held:
             number = len(self.trace.category)
             self.trace.category.append(category or self.default)
+            # FSDP's buffers are on CUDA streams of their own, where only the like of them find room.
+            if stream := self._streams.setdefault(torch.cpu.current_stream(), len(self._streams)):
+                self.trace.stream[number] = stream
         if key not in self._watched:
             self._watched[key] = weakref.ref(storage, partial(self._gone, key))
         self._held[key] = number, size
@@ -237,6 +254,7 @@ def trace_step(config: RunConfig, ranks: int, rank: int, device: PretendedDevice
         pretending_to_compile(config.compile),
         Recorder() as recorder,
         recorder.sees_resizes(),
+        _telling_of_graphs(recorder),
     ):
         run = assemble(config, world, _NoRows(config.model.vocab_size), None)
         for module in run.modules:
@@ -254,6 +272,28 @@ def trace_step(config: RunConfig, ranks: int, rank: int, device: PretendedDevice
             train_step(run, batches, lr=1e-3)
         trace = recorder.stop()
     return _fused(trace) if config.compile == "inductor" else trace
+
+
+@contextmanager
+def _telling_of_graphs(recorder: Recorder) -> Iterator[None]:
+    """While inside, the recorder knows when one of the loss's compiled functions runs."""
+
+    def told(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if not recorder.follows:
+                return function(*args)
+            phase = recorder.at
+            recorder.enter(*phase)  # of its own: what is merged in it is not merged with what is around it
+            with replaced(recorder, "in_graph", True):
+                out = function(*args)
+            recorder.enter(*phase)
+            return out
+
+        return call
+
+    plain = loss._compiled
+    with replaced(loss, "_compiled", lambda: tuple(map(told, plain()))):
+        yield
 
 
 def _fused(trace: Trace) -> Trace:

@@ -31,8 +31,9 @@ def write(folder: Path, *rows: dict[str, Any], calibrating: str | None = None) -
 
 def said(monkeypatch: pytest.MonkeyPatch, allocated: float, reserved: float, step_s: float, usable: float) -> None:
     """Has every run predicted to take so much."""
-    prediction = SimpleNamespace(allocated=allocated * GIB, reserved=reserved * GIB, step_s=step_s, usable=usable * GIB)
+    prediction = SimpleNamespace(allocated=allocated * GIB, reserved=reserved * GIB, step_s=step_s, runs=reserved <= usable)
     monkeypatch.setattr(measured, "predict", lambda config, cluster, ranks: prediction)
+    monkeypatch.setattr(measured, "runs_in", lambda config, cluster, ranks, bytes: reserved * GIB <= bytes)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

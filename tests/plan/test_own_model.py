@@ -34,7 +34,9 @@ def test_a_model_that_calls_its_layers_otherwise_is_predicted_with_all_of_them(a
         return [predicted(config_of({**settings, "parallel.pp": pp}), pp, exact=exact) for pp in (1, 2) for exact in (False, True)]
 
     for few, whole in zip(*[iter(apart(both))] * 2, strict=True):
-        assert few.allocated == pytest.approx(whole.allocated, rel=0.005)
+        assert few.reserved == pytest.approx(whole.reserved, rel=0.005)
+        if few.rank == whole.rank:  # of so small a model two ranks reserve as many pages
+            assert few.allocated == pytest.approx(whole.allocated, rel=0.005)
         assert few.step_s == pytest.approx(whole.step_s, rel=0.01)
 
 

@@ -85,6 +85,7 @@ def predicted(played: Played, usable: int = 8000 * MIB) -> Prediction:
         rank=0,
         peak=Peak(held, "backward", 0, 2, sum(held.values()) + 100 * MIB),
         usable=usable,
+        runs=True,
         timeline=played.spans,
         memory=memory,
     )

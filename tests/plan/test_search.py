@@ -15,7 +15,7 @@ from paraxis.base.layout import laid_out
 from paraxis.base.schedule import most_in_flight
 from paraxis.base.schedules import SCHEDULES, Plan, build_schedule
 from paraxis.parallel.world import World
-from paraxis.plan import lacking
+from paraxis.plan import holdings, lacking, trace
 from paraxis.plan.candidates import Candidate, Space, candidate_of, planned
 from paraxis.plan.closed import Costs
 from paraxis.plan.cluster_file import read_cluster
@@ -36,6 +36,13 @@ SMALL: dict[str, object] = {"model.layers": 4, "train.global_tokens": 16 * 64}
 
 def config_of(settings: dict[str, object], recipe: str = "debug") -> RunConfig:
     return find(recipe, {"compile": "none", "precision": "bf16", **settings, "parallel.auto": True})[0]
+
+
+@pytest.fixture(autouse=True)
+def without_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are larger than all that these models hold."""
+    for module in (holdings, trace):
+        monkeypatch.setattr(module, "WORKSPACE_BYTES", 512)
 
 
 def space_of(ranks: int, fixed: dict[str, object], shape: dict[str, object] = SMALL, recipe: str = "debug") -> Space:
