@@ -40,22 +40,24 @@ WIDTH = 4096  # of a square matrix: 64 MiB in fp32
 GIB = 2**30
 
 SYNC = ("paraxis", "sync")  # what the others are held against
+DCP = "torch DCP"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured: a state of `size_bytes` in all, in `folder`, `runs` times."""
+    """What is measured: a state of `size_bytes` in all, in `folder`, `runs` times; torch's own checkpoints too where `dcp`."""
 
     size_bytes: int
     runs: int
     folder: str
+    dcp: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
     """One run of a subject, in seconds: until the state was on the disk, for how long training would have stood still, and reading it."""
 
-    save_s: float
+    save_s: float | None = None
     stall_s: float | None = None
     load_s: float | None = None
 
@@ -164,6 +166,19 @@ def bare_disk(bench: Bench, folder: Path) -> Times:
     return Times(save_s=save_s, load_s=bench.timed(read))
 
 
+def hashed(bench: Bench, folder: Path) -> Times:
+    """As many bytes as the state has, from memory, hashed by one thread of each rank: what has to keep up with the writing."""
+    size = bench.state.size_bytes // bench.world.size
+    block = memoryview(bytearray(os.urandom(min(size, CHUNK_BYTES))))
+
+    def hash_all() -> None:
+        for at in range(0, size, CHUNK_BYTES):
+            hashlib.sha256(block[: size - at])
+        dist.barrier()
+
+    return Times(load_s=bench.timed(hash_all))
+
+
 def sync(bench: Bench, folder: Path) -> Times:
     """Ours, with everybody waiting."""
     save_s = bench.timed(lambda: save(folder, 1, bench.state.pieces(), {}, {}, bench.world))
@@ -213,11 +228,12 @@ def torch_async(bench: Bench, folder: Path) -> Times:
 
 SUBJECTS: dict[tuple[str, str], Callable[[Bench, Path], Times]] = {
     ("disk", "bytes"): bare_disk,
+    ("SHA-256", "bytes in memory, one thread a rank"): hashed,
     SYNC: sync,
     ("paraxis", "sync, nothing hashed"): unhashed,
     ("paraxis", "async"): behind,
-    ("torch DCP", "save"): torch_sync,
-    ("torch DCP", "async_save"): torch_async,
+    (DCP, "save"): torch_sync,
+    (DCP, "async_save"): torch_async,
 }
 
 
@@ -241,12 +257,15 @@ def measure(world: World, plan: Plan) -> list[dict[str, Any]]:
         bench = Bench(world, State(world, plan.size_bytes), saver)
         saver.prepare(bench.state.pieces(), {})
         small = Bench(world, State(world, WIDTH * 4 * world.size), saver)
-        for subject in SUBJECTS.values():  # first uses take their time
+        subjects = {key: subject for key, subject in SUBJECTS.items() if plan.dcp or key[0] != DCP}
+        for subject in subjects.values():  # first uses take their time
             _in_folder(small, plan, subject)
-        found: dict[tuple[str, str], list[Times]] = {key: [] for key in SUBJECTS}
+        found: dict[tuple[str, str], list[Times]] = {key: [] for key in subjects}
         for _ in range(plan.runs):
-            for key, subject in SUBJECTS.items():
+            for key, subject in subjects.items():
                 found[key].append(_in_folder(bench, plan, subject))
+                if world.first:  # a run that is cut off has then said something
+                    print(f"{', '.join(key)}: {found[key][-1]}", file=sys.stderr, flush=True)
     finally:
         saver.close()
     sizes = {"size_bytes": bench.state.size_bytes, "ranks": world.size, "device": world.device.kind}
@@ -271,12 +290,12 @@ def record(row: Mapping[str, Any], sync_s: float | None) -> dict[str, Any]:
     """A row of the results, with medians over its runs; `stall_share` is of the synchronous save of as many ranks."""
     gib = row["size_bytes"] / GIB
     save_s, stall_s, load_s = (middle(row, name) for name in ("save_s", "stall_s", "load_s"))
-    saves = [run["save_s"] for run in row["runs"]]
+    saves = [run["save_s"] for run in row["runs"] if run["save_s"] is not None]
     values = {
         "state_gib": gib,
         "save_s": save_s,
-        "save_s_min": min(saves),
-        "save_s_max": max(saves),
+        "save_s_min": min(saves, default=None),
+        "save_s_max": max(saves, default=None),
         "save_gib_per_s": gib / save_s if save_s else None,
         "stall_s": stall_s,
         "stall_share": stall_s / sync_s if stall_s is not None and sync_s else None,
@@ -284,7 +303,8 @@ def record(row: Mapping[str, Any], sync_s: float | None) -> dict[str, Any]:
         "load_gib_per_s": gib / load_s if load_s else None,
     }
     rounded = {name: None if value is None else round(value, 4) for name, value in values.items()}
-    return {"system": row["system"], "name": row["name"], "ranks": row["ranks"], "device": row["device"], **rounded, "runs": len(saves)}
+    named = {name: row[name] for name in ("system", "name", "ranks", "device")}
+    return {**named, **rounded, "runs": len(row["runs"])}
 
 
 def middle(row: Mapping[str, Any], name: str) -> float | None:

@@ -17,6 +17,7 @@ from paraxis.data.config import DataConfig
 from paraxis.data.crew import Crew, Maker
 from paraxis.data.documents import BadRecords, Reading, pieces
 from paraxis.data.loader import Loader
+from paraxis.data.mixed_documents import DocumentMixing
 from paraxis.data.mixture import Change, MixtureRows
 from paraxis.data.open import open_training
 from paraxis.data.part import Part
@@ -153,8 +154,12 @@ def readers(config: DataConfig, cache: Path) -> list[Reader]:
     found = [Reader(_row("paraxis", name, "reading", config), lambda rows=rows: rows) for name, rows in opened.items()]
     first = next(iter(opened.values()))
     if not isinstance(first, MixtureRows):
-        mixed = MixtureRows(dict.fromkeys(SHARES, first), [Change(0, SHARES)], 1)
+        sources, changes = dict.fromkeys(SHARES, first), [Change(0, SHARES)]
+        mixed = MixtureRows(sources, changes, 1)
         found.append(Reader(_row("paraxis", "rows, mixture of three", "reading", config), lambda: mixed))
+        mixing = DocumentMixing(sources, seq_len=config.seq_len, document_mask=False)
+        documents = MixtureRows(sources, changes, 1, mixing)
+        found.append(Reader(_row("paraxis", "documents, mixture of three", "reading", config), lambda: documents))
     return found
 
 
@@ -162,7 +167,7 @@ def tokenisers(config: DataConfig, cache: Path, processes: int) -> list[Tokenisi
     """The bare tokenizer on all cores and on one; shards made ahead by one process and by at most `processes`, no more than the data
     have parts; and chunks made live by one process and by two or `processes`, each of one thread.
     """
-    plain = replace(config, paths=config.plain_paths, mixture=())
+    plain = config.unmixed(config.plain_paths)
     tokenizer = load_tokenizer(plain, cache)
     numbers = sorted({1, min(processes, len(parts_of(expand(plain.paths))))})
     bare = Tokenising(_row("tokenizers", "encode_batch_fast", "tokenising", config), plain, tokenizer, 0)

@@ -25,7 +25,7 @@ HELP = """\
 usage: paraxis bench step RECIPE [--field=value ...] [options]
        paraxis bench startup RECIPE [--field=value ...] [options, without --steps and --warmup]
        paraxis bench data RECIPE [--data.field=value ...] [--rounds N] [--processes N] [--name NAME] [--out FILE] [--json]
-       paraxis bench checkpoint [--gib N] [--ranks N,N] [--runs N] [--folder DIR] [--name NAME] [--out FILE] [--json]
+       paraxis bench checkpoint [--gib N] [--ranks N,N] [--runs N] [--folder DIR] [--no-dcp] [--name NAME] [--out FILE] [--json]
        paraxis bench memory RECIPE [--field=value ...] [--row ...] [--ranks N] [--steps N] [--name NAME] [--out FILE] [--json]
        paraxis bench attention RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
        paraxis bench loss RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
@@ -63,8 +63,9 @@ the bare tokenizer: the median of N
 rounds (default: 5).
 
 checkpoint saves and loads a state of so many GiB (default: 1) on so many ranks (default: 1 and 2 CPU processes, or 1 and all GPUs) in a
-folder made in DIR (default: that for temporary files): in the foreground, without hashing, in the background, and by torch's own DCP,
-beside as many bare bytes written, synced and read; medians of N runs (default: 3), reads from the disk.
+folder made in DIR (default: that for temporary files): in the foreground, without hashing, in the background, and by torch's own DCP
+(--no-dcp leaves that out), beside as many bare bytes written, synced and read, and hashed; medians of N runs (default: 3), reads from
+the disk.
 
 memory trains a few steps (default: 5, of which two are not timed) of every row on made data, without files, and reports the peaks of
 allocated and reserved memory and the step time; a row with --limits=GIB,GIB runs again with so little memory each time, which shows what

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from paraxis.bench.machine import Machine
 
 OPTIONS = ("gib", "ranks", "runs", "folder", *ROWS_OPTIONS)
+FLAGS = ("no-dcp", *ROWS_FLAGS)
 
 
 def bench(arguments: list[str]) -> int:
     """Runs the command and returns its exit code. Raises ParaxisError for what is refused."""
-    parsed = parse(arguments, OPTIONS, ROWS_FLAGS)
+    parsed = parse(arguments, OPTIONS, FLAGS)
     if len(parsed.names) != 1:
         raise ConfigError("bench checkpoint takes no recipe; the state it saves is as large as --gib says")
-    refuse_settings("checkpoint", parsed, (*OPTIONS, *ROWS_FLAGS))
+    refuse_settings("checkpoint", parsed, (*OPTIONS, *FLAGS))
     size, runs = _bytes(parsed.options.get("gib", "1")), whole_number("runs", parsed.options.get("runs", "3"), 1)
 
     def rows(machine: "Machine") -> Iterator[dict[str, Any]]:
@@ -33,7 +34,7 @@ def bench(arguments: list[str]) -> int:
         from paraxis.bench.checkpoint import SYNC, middle, record
 
         for ranks in _worlds(parsed.options.get("ranks"), machine.devices):
-            measured = _measure(size, runs, ranks, parsed.options.get("folder"))
+            measured = _measure(size, runs, ranks, parsed.options.get("folder"), dcp="no-dcp" not in parsed.flags)
             [sync_s] = [middle(row, "save_s") for row in measured if (row["system"], row["name"]) == SYNC]
             yield from (record(row, sync_s) for row in measured)
 
@@ -60,14 +61,14 @@ def _worlds(asked: str | None, devices: int) -> list[int]:
     return worlds
 
 
-def _measure(size: int, runs: int, ranks: int, parent: str | None) -> list[dict[str, Any]]:
+def _measure(size: int, runs: int, ranks: int, parent: str | None, *, dcp: bool) -> list[dict[str, Any]]:
     """Has so many processes measure, in a folder of their own under `parent`."""
     from paraxis.bench.checkpoint import Plan
 
     try:
         with tempfile.TemporaryDirectory(prefix="paraxis-bench-", dir=parent) as folder:
             out = Path(folder) / "times.json"
-            plan = Plan(size_bytes=size, runs=runs, folder=folder)
+            plan = Plan(size_bytes=size, runs=runs, folder=folder, dcp=dcp)
             if code := launch([sys.executable, "-m", "paraxis.bench.checkpoint", json.dumps(asdict(plan)), str(out)], ranks):
                 raise ParaxisError(f"the {ranks} ranks that were to be measured ended with exit code {code}; the reason is above")
             return json.loads(out.read_text())

@@ -17,7 +17,7 @@ def test_the_data_benchmark_leaves_a_file_of_which_tables_are_made(tmp_path: Pat
     assert "times what two H200s need" in printed.err
     [file] = (tmp_path / "bench/results").iterdir()
     results = read_results(file)
-    assert [(row["system"], row["model"], row["layout"]) for row in results.rows] == [("paraxis", "reading", "one reader")] * 4 + [
+    assert [(row["system"], row["model"], row["layout"]) for row in results.rows] == [("paraxis", "reading", "one reader")] * 5 + [
         ("tokenizers", "tokenising", ""),
         *[("tokenizers", "tokenising", "processes: 1")] * 2,
         *[("paraxis", "tokenising", "processes: 1")] * 2,
