@@ -23,6 +23,7 @@ from paraxis.data.open import open_training
 from paraxis.data.part import Part
 from paraxis.data.pools import ChunkMaker, chunks_of
 from paraxis.data.prepare import load_tokenizer, parts_of, prepare
+from paraxis.data.rows import TrainingRows
 from paraxis.data.shards import read_meta, token_dtype
 from paraxis.data.sources import expand
 from paraxis.data.tokens import Tokenizer
@@ -157,9 +158,10 @@ def readers(config: DataConfig, cache: Path) -> list[Reader]:
         sources, changes = dict.fromkeys(SHARES, first), [Change(0, SHARES)]
         mixed = MixtureRows(sources, changes, 1)
         found.append(Reader(_row("paraxis", "rows, mixture of three", "reading", config), lambda: mixed))
-        mixing = DocumentMixing(sources, seq_len=config.seq_len, document_mask=False)
-        documents = MixtureRows(sources, changes, 1, mixing)
-        found.append(Reader(_row("paraxis", "documents, mixture of three", "reading", config), lambda: documents))
+        if isinstance(first, TrainingRows):
+            mixing = DocumentMixing(dict.fromkeys(SHARES, first), seq_len=config.seq_len, document_mask=False)
+            documents = MixtureRows(sources, changes, 1, mixing)
+            found.append(Reader(_row("paraxis", "documents, mixture of three", "reading", config), lambda: documents))
     return found
 
 
