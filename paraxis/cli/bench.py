@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from paraxis.base.config import suggestion
 from paraxis.base.env import read_environment
 from paraxis.base.errors import ConfigError, StorageError
-from paraxis.cli import bench_collectives, bench_kernels, bench_memory, bench_placement, bench_planner
+from paraxis.cli import bench_collectives, bench_kernels, bench_memory, bench_placement, bench_planner, bench_search
 from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
 from paraxis.cli.bench_checkpoint import bench as bench_checkpoint
 from paraxis.cli.bench_rows import TABLE_WIDTH, Variant, measure_rows, read_variants, results_file, shown, split
@@ -31,6 +31,7 @@ usage: paraxis bench step RECIPE [--field=value ...] [options]
        paraxis bench loss RECIPE [--field=value ...] [--name NAME] [--out FILE] [--json]
        paraxis bench collectives [--ranks N] [--quick] [--name NAME] [--out FILE] [--json]
        paraxis bench placement RECIPE [--field=value ...] [--cluster FILE] [--hosts N] [--matrices N] [--name NAME] [--out FILE] [--json]
+       paraxis bench search RECIPE [--field=value ...] [--cluster FILE] [--gpus N,N] [--runs N] [--name NAME] [--out FILE] [--json]
        paraxis bench planner [--rows DIR] [--first N] [--calibrate] [--name NAME] [--out FILE] [--json]
        paraxis bench planner --measured FILE --cluster NAME [--name NAME] [--out FILE] [--json]
        paraxis bench table FILE ... | --into PAGE
@@ -87,6 +88,9 @@ placement places the recipe's ranks on N hosts (default: 16) like that of a clus
 40 %, in N made matrices each (default: 3), and reports how much of the step's communication time is saved: of hosts in the order of
 their numbers and in random ones, as measured and on a second snapshot of the same links. On a laptop.
 
+search runs `paraxis plan` for a cluster (default: dgx_h100) of each number of devices (default: 64 and 1024) --runs times (default: 3),
+and reports the median of the seconds that the command took, and what it searched and found. On a laptop.
+
 table prints results files as Markdown; with --into, it makes the tables marked in a page again instead, from the files of
 bench/results that the marks name: <!-- table: step-... --> to <!-- end of table -->.
 
@@ -118,6 +122,7 @@ def run(arguments: list[str]) -> int:
         "collectives": bench_collectives.run,
         "planner": bench_planner.run,
         "placement": bench_placement.run,
+        "search": bench_search.run,
         "table": _table,
     }
     name = next((word for word in arguments if not word.startswith("-")), None)
