@@ -30,7 +30,6 @@ from paraxis.train.stages import build_order
 
 BLOCKS = 2  # traced; the second stands for all
 HALF = 2  # bytes of a number in fp16 and bf16
-SHORTEST_S = 3e-6  # what the device itself needs for the smallest kernel
 
 Shape = tuple[int, int, int, int, int, int, str]
 
@@ -127,14 +126,13 @@ class Work:
 
 def work(operators: Sequence[Operator], accelerator: Accelerator, cluster: Cluster) -> Work:
     """What operators take; of tensor-parallel ranks, the first on the first host."""
-    device = replace(accelerator, launch_s=min(SHORTEST_S, accelerator.launch_s))
     asked = [operator for operator in operators if operator.sort != "wait" and (operator.sort != "exchange" or len(operator.group) > 1)]
     seconds = 0.0
     for operator in asked:
         if operator.exchange is not None:
             seconds += cluster.exchange_s(operator.exchange, operator.bytes, operator.group)
         else:
-            seconds += kernel_s(operator, device)
+            seconds += kernel_s(operator, accelerator)
     return Work(seconds, len(asked))
 
 

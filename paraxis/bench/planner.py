@@ -169,7 +169,12 @@ def fitted(of: Sequence[Sample], cluster: Cluster, names: Sequence[str], tell: C
     """The cluster whose constants `names` have the least mean error over samples of rows that calibrate, by coordinate descent."""
     rows = [traced.row for one in of for traced in (one.longer, one.shorter) if traced]
     assert all(row.use == "calibrate" for row in rows), "scored rows are not fitted on"
-    best, error = cluster, _error(of, cluster)
+    return descended(lambda tried: _error(of, tried), cluster, names, tell)
+
+
+def descended(error_of: Callable[[Cluster], float], cluster: Cluster, names: Sequence[str], tell: Callable[[str], None]) -> Cluster:
+    """The cluster whose constants `names` have the least error, by coordinate descent."""
+    best, error = cluster, error_of(cluster)
     for step in (1.5, 1.2, 1.1, 1.04, 1.02):
         moved = True
         while moved:
@@ -177,9 +182,9 @@ def fitted(of: Sequence[Sample], cluster: Cluster, names: Sequence[str], tell: C
             for name in names:
                 for factor in (step, 1 / step):
                     tried = changed(best, name, factor)
-                    if tried is not None and (new := _error(of, tried)) < error:
+                    if tried is not None and (new := error_of(tried)) < error:
                         best, error, moved = tried, new, True
-        tell(f"{', '.join(f'{name}={constant(best, name):.4g}' for name in names)}: mean error {error:.1%}")
+        tell(f"{', '.join(f'{name}={constant(best, name):.4g}' for name in names)}: error {error:.1%}")
     return best
 
 
@@ -198,9 +203,9 @@ def constant(cluster: Cluster, name: str) -> float:
 
 
 def changed(cluster: Cluster, name: str, factor: float) -> Cluster | None:
-    """The cluster with one constant multiplied; None where a share would be over one."""
+    """The cluster with one constant multiplied; None where a share would be over one, or computing faster beside messages."""
     value = constant(cluster, name) * factor
-    if name.endswith("_share") and value > 1:
+    if (name.endswith("_share") and value > 1) or (name in ("overlap", "posted") and value < 1):
         return None
     if name == "skew_s":
         inside = cluster.pools[0].inside

@@ -59,9 +59,12 @@ def _measured(parsed: Arguments, arguments: list[str]) -> int:
     for other in ("rows", "first"):
         if other in parsed.options:
             raise ConfigError(f"--{other} is for published rows; leave it out beside --measured")
-    if "calibrate" in parsed.flags:
-        raise ConfigError("--calibrate is for published rows; machines of one's own are measured by paraxis probe")
     runs, cluster = measured_runs(Path(parsed.options["measured"])), read_cluster(parsed.options["cluster"])
+    if "calibrate" in parsed.flags:
+        from paraxis.bench.calibrated import calibrated
+
+        calibrated(runs, cluster, print)
+        return 0
     return measure_rows("planner-own", parsed, arguments, lambda machine: measured_rows(runs, cluster))
 
 

@@ -66,7 +66,13 @@ UNITS = {
     "bytes_per_s": ("gb_per_s", GIGA),
     "peak_flops": ("peak_tflops", TERA),
     "launch_s": ("launch_us", MICRO),
+    "host_eager_s": ("host_eager_us", MICRO),
+    "host_compiled_s": ("host_compiled_us", MICRO),
+    "host_selective_s": ("host_selective_us", MICRO),
+    "host_exchange_s": ("host_exchange_us", MICRO),
+    "host_sharding_s": ("host_sharding_us", MICRO),
     "latency_s": ("latency_us", MICRO),
+    "host_s": ("host_us", MICRO),
     "skew_s": ("skew_us", MICRO),
     "matrix": ("matrix_gb_per_s", GIGA),
 }

@@ -7,10 +7,11 @@ reduced differ or a kernel would grow too large.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from paraxis.plan.operators import Operator
 
+MERGED = "merged"
 COMPILED = ("forward", "backward", "between")  # phases whose elementwise work a compiler merges: blocks, and the loss
 
 
@@ -90,10 +91,45 @@ def merged(operators: Sequence[Operator], end: int, last_use: Mapping[int, int])
             used = {place for place in one.writes if last_use[place] >= end or users.get(place, set()) - {id(one)}}
             inside |= one.writes.keys() - used
             writes = tuple((place, bytes) for place, bytes in one.writes.items() if place in used)
-            found.append(Operator(name="merged", sort="traffic", reads=tuple(one.reads.items()), writes=writes))
+            found.append(Operator(name=MERGED, sort="traffic", reads=tuple(one.reads.items()), writes=writes))
         else:
             found.append(one)
     return found, inside
+
+
+def inlined(operators: Sequence[Operator], end: int, last_use: Mapping[int, int]) -> list[Operator]:
+    """What `merged` found, as it is priced: where that moves fewer bytes, a kernel's results are computed again in each kernel that reads
+    them and never written, as Inductor does with chains of elementwise operators."""
+    found: list[Operator] = list(operators)
+    gone: set[int] = set()
+    users: dict[int, list[int]] = {}
+    for number, one in enumerate(found):
+        for place in dict.fromkeys(place for place, _ in (*one.reads, *one.writes)):
+            users.setdefault(place, []).append(number)
+    for number, one in enumerate(found):
+        if one.name != MERGED:
+            continue
+        own = dict(one.writes)
+        inner = {v for v in own if last_use[v] < end and all(n == number or _takes(found[n], v) for n in users[v])}
+        readers = {n for v in inner for n in users[v] if n != number}
+        again = {n: [read for read in one.reads if read[0] not in dict(found[n].reads)] for n in readers}
+        spared = sum(own[v] * len(users[v]) for v in inner) + sum(bytes for _, bytes in one.reads) * (len(inner) == len(own))
+        if not readers or spared <= sum(bytes for reads in again.values() for _, bytes in reads):
+            continue
+        for n in readers:
+            kept = tuple(read for read in found[n].reads if read[0] not in inner)
+            found[n] = replace(found[n], reads=(*kept, *again[n]))
+            for place, _ in again[n]:
+                users[place].append(n)
+        if len(inner) == len(own):
+            gone.add(number)
+        found[number] = replace(one, writes=tuple(write for write in one.writes if write[0] not in inner))
+    return [one for number, one in enumerate(found) if number not in gone]
+
+
+def _takes(one: Operator, place: int) -> bool:
+    """Whether it is a merged kernel that reads an allocation and leaves it as it is."""
+    return one.name == MERGED and place not in dict(one.writes)
 
 
 def _absorb(first: Kernel, other: Kernel, kernels: dict[int, Kernel], order: list[Operator | Kernel]) -> None:

@@ -61,7 +61,8 @@ class Link:
     """What devices talk over; `bytes_per_s` is that of one device in one direction. A `share` or latency of 0 is its kind's.
 
     `skew_s`: ranks of a step come to a collective at different times, which a benchmark of collectives does not see. The last of n is
-    late by this times log2(n), as the largest of n random delays grows.
+    late by this times log2(n), as the largest of n random delays grows. `host_s`: what of a measured exchange's time the host took to ask
+    for it, which in a step it does while the device is busy.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Link:
     latency_s: float = 0.0
     share: float = 0.0
     skew_s: float = 0.0
+    host_s: float = 0.0
     source: str = ""
     measured: str = ""
     exchanges: tuple[Exchange, ...] = field(default=(), repr=False)
@@ -79,8 +81,9 @@ class Link:
             raise ConfigError(f"link {self.name}: kind={self.kind!r} is unknown; choose one of {', '.join(LINK_KINDS)}")
         if not self.bytes_per_s > 0:
             raise ConfigError(f"link {self.name}: bytes_per_s={self.bytes_per_s} must be more than 0")
-        if not 0 <= self.share <= 1 or min(self.latency_s, self.skew_s) < 0:
-            said = f"share={self.share} must be from 0 to 1, latency_s={self.latency_s} and skew_s={self.skew_s} 0 or more"
+        if not 0 <= self.share <= 1 or min(self.latency_s, self.skew_s, self.host_s) < 0:
+            times = f"latency_s={self.latency_s}, skew_s={self.skew_s} and host_s={self.host_s}"
+            said = f"share={self.share} must be from 0 to 1, {times} 0 or more"
             raise ConfigError(f"link {self.name}: {said}")
 
     @property
@@ -234,6 +237,12 @@ class Route:
     inside: Link | None
     across: Link | None
 
+    def _device_s(self, kind: ExchangeKind, bytes: float) -> float:
+        """Without what the host takes to ask, where measurements have it."""
+        measured, model = _measured(self, kind, bytes), modelled(self, kind, bytes)
+        host_s = max(link.host_s for link in (self.inside, self.across) if link)
+        return max(measured - host_s, min(measured, model)) if measured else model
+
     @property
     def skew_s(self) -> float:
         """How late the last rank comes: delays arise in hosts, so the link inside them has it where there is one."""
@@ -242,7 +251,7 @@ class Route:
 
     def exchange_s(self, kind: ExchangeKind, bytes: float) -> float:
         """Seconds of a collective on a buffer of `bytes`: measured where a link has a table, else modelled."""
-        seconds = _measured(self, kind, bytes) or modelled(self, kind, bytes)
+        seconds = self._device_s(kind, bytes)
         return seconds if kind == "p2p" else seconds + self.skew_s
 
 

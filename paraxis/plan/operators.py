@@ -21,7 +21,7 @@ DTYPES = {
     torch.float8_e4m3fn: "float8",
     torch.float8_e5m2: "float8",
 }
-Sort = Literal["product", "attention", "traffic", "exchange", "begin", "wait"]
+Sort = Literal["product", "attention", "traffic", "exchange", "begin", "wait", "read"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,9 @@ class Operator:
 
     `reads` and `writes` are allocations and bytes of them. A product has its sizes (m, n, k, batch), attention (batch, heads, width,
     queries, keys) and whether it is `causal` and a `backward`; an exchange the ranks of its group, the bytes of its whole buffer, and the
-    allocation that a later `wait` for it names. `begin` says that what follows on its lane travels as one, `early` that it was asked for
-    ahead of the device. `fusible`: a compiler makes one kernel of such that follow from each other.
+    allocation that a later `wait` for it names. At a `read` the host waits for the device. `begin` says that what follows on its lane
+    travels as one, `early` that it was asked for ahead of the device. `fusible`: a compiler makes one kernel of such that follow from
+    each other.
     """
 
     name: str
@@ -67,7 +68,8 @@ IDLE = ("aten::empty", "aten::new_empty", "aten::resize_", "aten::record_stream"
 # These read only as much of their first argument as they leave.
 PICK = ("aten::embedding", "aten::index", "aten::gather", "aten::index_select", "aten::slice", "aten::select")
 # These leave nothing of what was in the tensor that they change.
-OVERWRITE = ("aten::copy_", "aten::zero_", "aten::fill_", "fsdp::")
+OVERWRITE = ("aten::copy_", "aten::_foreach_copy_", "aten::zero_", "aten::fill_", "fsdp::")
+GATHERED = "fsdp::all_gather_copy_in"  # copies a rank's parameters to their place in what is gathered
 # A kernel of their own even where a compiler writes the others: they sort, search or scatter.
 ALONE = ("sort", "topk", "scatter", "index_put", "embedding", "cumsum", "nonzero", "_fused_", "_foreach_", "fsdp::", "histc", "bincount")
 # Products: which arguments are multiplied.
@@ -199,8 +201,10 @@ def _traffic(func: Any, name: str, args: Any, kwargs: Any, out: Any, number: Num
         if argument.name in kwargs:
             (changed if argument.alias_info is not None and argument.alias_info.is_write else given).append(kwargs[argument.name])
     over = name.startswith(OVERWRITE) or func._overloadname == "out"
-    reads = dict(_touched(given if over else [given, changed], number))
-    writes = dict(_touched(changed, number))
+    if name == GATHERED:  # its schema does not say so
+        given, changed = args[:1], [x.narrow(0, 0, args[3]) for x in args[1:2]]
+    reads = {place: bytes for x in (given if over else [*given, *changed]) for place, bytes in _touched(x, number)}
+    writes = {place: bytes for x in changed for place, bytes in _touched(x, number)}
     held = {*reads, *writes}
     for place, bytes in _touched(out, number):
         if place not in held:
@@ -211,13 +215,16 @@ def _traffic(func: Any, name: str, args: Any, kwargs: Any, out: Any, number: Num
 
 
 def _touched(tensors: Any, number: Number) -> Iterator[tuple[int, int]]:
-    """Allocations that tensors lie in, and how many bytes of them; an expanded tensor has no more than its storage."""
+    """Allocations that tensors lie in, and how many bytes of them: of a list, of all that lie there; no more than there are."""
     if isinstance(tensors, Tensor):
         if (place := number(tensors)) is not None:
             yield place, min(tensors.numel() * tensors.element_size(), tensors.untyped_storage().nbytes())
     elif isinstance(tensors, list | tuple):
+        found: dict[int, int] = {}
         for x in tensors:
-            yield from _touched(x, number)
+            for place, bytes in _touched(x, number):
+                found[place] = min(found.get(place, 0) + bytes, x.untyped_storage().nbytes() if isinstance(x, Tensor) else 1 << 62)
+        yield from found.items()
 
 
 def _number(number: Number, x: Any) -> int:

@@ -36,7 +36,8 @@ class Prediction:
     rank which waits longest waits for messages with nothing to compute; `bubble` the time ranks wait for each other in a pipeline over the
     time they work. `peak` says what rank `rank` holds at its fullest, by category, and what the caching allocator has reserved then;
     `usable` is what it can have on the device, in bytes; `runs` says whether the step can do with that, if only by giving back what is
-    reserved in vain and asking for it again in every step, which takes time that is not foretold. `timeline` has what each rank of a pipeline does when, `memory` what rank `rank`
+    reserved in vain and asking for it again in every step, which takes time that is not foretold. `timeline` has what each rank of a
+    pipeline does when, `memory` what rank `rank`
     holds when: (seconds from the step's start, bytes by category), at most CURVE points.
     """
 
@@ -135,6 +136,9 @@ def _sketches(
     places = [Place(cluster, pipeline_rank * ranks // degrees.pp, placement, degrees) for pipeline_rank in range(degrees.pp)]
     splits = stages is not None and stages.schedule.splits_backward  # for which `compile=auto` is none
     compiled = config.compile == "inductor" or (config.compile == "auto" and not splits)
+    pieces = degrees.cp > 1 or any(not getattr(module, "traceable", True) for module in model.modules())
+    # Under the mode that selective recomputation puts over a block, the pieces that it would be compiled in are not.
+    selective = config.remat.mode not in ("none", "full") and (pieces or not compiled)
     traced: dict[object, tuple[Sketch, Steps]] = {}
     sketches: list[Sketch] = []
     steps: list[Steps] = []
@@ -143,7 +147,7 @@ def _sketches(
         kind = (_kind(stages, number) if stages else None), device
         if kind not in traced:
             found = sketch(config, ranks, place.rank, device, exact=exact)
-            traced[kind] = found, Steps(found.base, place, compiled, found.extra, found.leading)
+            traced[kind] = found, Steps(found.base, place, compiled, found.extra, found.leading, selective)
         one, own = traced[kind]
         if stages:
             one = one.of(number, [len(stages.layers[stage]) for stage in _own(stages, number)])

@@ -13,6 +13,8 @@ from functools import cached_property
 from paraxis.base.errors import ConfigError
 
 ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "float8": 1}
+HOST = ("host_eager_s", "host_compiled_s", "host_selective_s", "host_exchange_s", "host_sharding_s")
+SHORTEST_S = 3e-6  # what a device needs for the smallest kernel
 NEIGHBOURS = 4  # measured points that an interpolated share is made of
 
 
@@ -53,9 +55,16 @@ class Move:
 class Accelerator:
     """One device: FLOP/s by dtype, bytes and bytes/s of its memory, and what was measured on it. Times are in seconds.
 
-    `reserved_bytes` of the memory are not the allocator's: CUDA's context, libraries' workspaces and NCCL's buffers. `launch_s` is the
-    least that a kernel takes, which is what the host needs to start one. The shares are what of the roofline is reached where nothing was
-    measured; `overlap` is how many times as long computing takes while messages travel.
+    `reserved_bytes` of the memory are not the allocator's: CUDA's context, libraries' workspaces and NCCL's buffers. `launch_s` is what
+    the host needs to start a kernel and nothing else. The shares are what of the roofline is reached where nothing was measured; `overlap`
+    is how many times as long computing takes while messages travel, and `posted` beside a receive that waits for its message, as in a
+    pipeline one always does: NCCL's kernel holds multiprocessors meanwhile.
+
+    `host_*_s` is what Python, autograd and the dispatcher take on the host to ask for an operator: one that runs eagerly; a kernel of a
+    compiled block, with what calling its graph takes, shared out; an operator of a block that is recomputed selectively and not compiled,
+    as each comes by Python; an exchange; and to gather a unit's parameters or reduce their gradients (`sharding`), with FSDP's hooks
+    around it. They were fitted on runs with 2 H100s, are those of one machine's CPU and torch 2.11, and stand for others where
+    `paraxis bench planner --measured FILE --cluster FILE --calibrate` was not run; `fitted` says where it was.
     """
 
     name: str
@@ -66,10 +75,17 @@ class Accelerator:
     measured: str = ""
     reserved_bytes: int = 3 << 29
     launch_s: float = 4e-6
+    host_eager_s: float = 60e-6
+    host_compiled_s: float = 200e-6
+    host_selective_s: float = 135e-6
+    host_exchange_s: float = 460e-6
+    host_sharding_s: float = 560e-6
+    fitted: str = ""
     product_share: float = 0.7
     attention_share: float = 0.45
     memory_share: float = 0.8
     overlap: float = 1.1
+    posted: float = 1.0
     products: tuple[Product, ...] = field(default=(), repr=False)
     attentions: tuple[AttentionTime, ...] = field(default=(), repr=False)
     moves: tuple[Move, ...] = field(default=(), repr=False)
@@ -78,8 +94,13 @@ class Accelerator:
         for name in ("memory_bytes", "bytes_per_s", "product_share", "attention_share", "memory_share"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"device {self.name}: {name}={getattr(self, name)} must be more than 0")
-        if self.overlap < 1:
-            raise ConfigError(f"device {self.name}: overlap={self.overlap} must be 1 or more: 1.1 says that computing takes 10 % longer")
+        for name in HOST:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"device {self.name}: {name}={getattr(self, name)} must be 0 or more")
+        for name in ("overlap", "posted"):
+            if getattr(self, name) < 1:
+                said = f"{name}={getattr(self, name)} must be 1 or more: 1.1 says that computing takes 10 % longer"
+                raise ConfigError(f"device {self.name}: {said}")
         if self.reserved_bytes >= self.memory_bytes:
             raise ConfigError(f"device {self.name}: all of its {self.memory_bytes} bytes are reserved; lower reserved_gib")
         for dtype, peak in self.peak_flops.items():
@@ -91,6 +112,11 @@ class Accelerator:
         """What the caching allocator can have of the memory."""
         return self.memory_bytes - self.reserved_bytes
 
+    @property
+    def shortest_s(self) -> float:
+        """The least that a kernel takes on the device."""
+        return min(self.launch_s, SHORTEST_S)
+
     def peak(self, dtype: str) -> float:
         """FLOP/s of matrix products. Raises ConfigError for a dtype whose peak is not known."""
         if dtype not in self.peak_flops:
@@ -101,7 +127,7 @@ class Accelerator:
         """A product of [m, k] and [k, n], or `batch` of them at once."""
         ideal = batch * self._product_ideal(dtype, m, n, k)
         share = _interpolated(self._product_shares.get(dtype, ()), (batch * m, n, k), self.product_share)
-        return max(self.launch_s, ideal / share)
+        return max(self.shortest_s, ideal / share)
 
     def attention_s(
         self, dtype: str, batch: int, heads: int, width: int, queries: int, keys: int, *, causal: bool = True, backward: bool = False
@@ -109,11 +135,11 @@ class Accelerator:
         """Fused attention; under a causal mask half of the pairs count. A backward computes 5 products where a forward has 2."""
         ideal = self._attention_ideal(dtype, batch * heads * queries * keys * width, causal, backward)
         measured = self._attention_shares.get((dtype, backward), ())
-        return max(self.launch_s, ideal / _interpolated(measured, (keys, width, batch * heads), self.attention_share))
+        return max(self.shortest_s, ideal / _interpolated(measured, (keys, width, batch * heads), self.attention_share))
 
     def moving_s(self, bytes: float) -> float:
         """A kernel that reads and writes `bytes` in all."""
-        return max(self.launch_s, bytes / self.bytes_per_s / _interpolated(self._move_shares, (max(1, bytes),), self.memory_share))
+        return max(self.shortest_s, bytes / self.bytes_per_s / _interpolated(self._move_shares, (max(1, bytes),), self.memory_share))
 
     def _product_ideal(self, dtype: str, m: int, n: int, k: int) -> float:
         return max(2.0 * m * n * k / self.peak(dtype), ITEMSIZE[dtype] * (m * k + k * n + m * n) / self.bytes_per_s)

@@ -1,8 +1,9 @@
 """A step played through event by event: every pipeline rank computes, gathers, reduces and sends, each on a resource of its own.
 
 A rank's work is a list of items in the order in which the host asks for them. Computing goes in that order; messages travel on streams
-beside it, and computing waits only where the list says so. Messages of a rank that use one link share it: they go one after another, as
-they were asked for, which is as long as side by side. The order of a pipeline is the very list of actions that training executes.
+beside it, and computing waits only where the list says so. Nothing begins before the host has asked for it. Messages of a rank that use
+one link share it: they go one after another, as they were asked for, which is as long as side by side. The order of a pipeline is the
+very list of actions that training executes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +17,29 @@ Lane = Literal["compute", "all_gather", "reduce_scatter", "exchange", "p2p", "wa
 
 @dataclass(frozen=True)
 class Compute:
-    """Kernels that take so long, one after another."""
+    """Kernels that take so long, one after another. The host asks for them in `host_s`; that the device never waits for it in between, it
+    has to begin `lag_s` after the host at the earliest."""
 
     seconds: float
+    host_s: float = 0.0
+    lag_s: float = 0.0
+
+    def __add__(self, other: "Compute") -> "Compute":
+        lag_s = max(self.lag_s, self.host_s + other.lag_s - self.seconds)
+        return Compute(self.seconds + other.seconds, self.host_s + other.host_s, lag_s)
 
 
 @dataclass(frozen=True)
 class Start:
     """A collective begins to travel over `link`, on the stream `lane`. `early`: the host asked for it while the device was one gathering
-    behind, as it does in forward. `number` says which one a `Wait` means; without, it is the oldest."""
+    behind, as it does in forward. `number` says which one a `Wait` means; without, it is the oldest. The host takes `host_s` to ask."""
 
     lane: Lane
     seconds: float
     link: str
     early: bool = False
     number: int = -1
+    host_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,14 @@ class Wait:
     everything: bool = False
 
 
-Item = Compute | Start | Wait
+@dataclass(frozen=True)
+class Read:
+    """The host waits for a value that the device computes."""
+
+    host_s: float = 0.0
+
+
+Item = Compute | Start | Wait | Read
 
 
 @dataclass(frozen=True)
@@ -64,12 +80,17 @@ class Span:
 class Player:
     """One rank while it is played: when its device, its streams and its links are free again.
 
-    `overlap` is how many times as long computing takes while messages travel.
+    `overlap` is how many times as long computing takes while messages travel, `posted` beside receives that wait in a pipeline. The host,
+    whose clock is `host_s`, asks for all that the device does and runs ahead of it; `starved_s` is how long the device had nothing that it
+    was asked for.
     """
 
     rank: int = 0
     overlap: float = 1.0
+    posted: float = 1.0
     now_s: float = 0.0
+    host_s: float = 0.0
+    starved_s: float = 0.0
     busy_s: float = 0.0
     exposed_s: float = 0.0
     spans: list[Span] = field(default_factory=list)
@@ -83,9 +104,11 @@ class Player:
         started_s = self.now_s
         for item in items:
             if isinstance(item, Compute):
-                self._compute(item.seconds)
+                self._compute(item)
             elif isinstance(item, Start):
                 self._start(item, name)
+            elif isinstance(item, Read):
+                self.host_s = max(self.host_s, self.now_s) + item.host_s
             else:
                 self._wait(item)
         if self.now_s > started_s:
@@ -109,8 +132,13 @@ class Player:
             self.exposed_s += self.now_s - start_s
             self.spans.append(Span(self.rank, "wait", lane, start_s, self.now_s))
 
-    def _compute(self, seconds: float) -> None:
-        end_s = self.now_s + seconds
+    def _compute(self, item: Compute) -> None:
+        asked_s = self.host_s + item.lag_s
+        self.host_s += item.host_s
+        if item.seconds and asked_s > self.now_s:
+            self.starved_s += asked_s - self.now_s
+            self.now_s = asked_s
+        end_s = self.now_s + item.seconds * self.posted
         if self.overlap > 1:
             self._travels = [(a, b) for a, b in self._travels if b > self.now_s]
             end_s += (self.overlap - 1) * sum(max(0.0, min(b, end_s) - max(a, self.now_s)) for a, b in _union(self._travels))
@@ -119,7 +147,8 @@ class Player:
 
     def _start(self, item: Start, name: str) -> None:
         # Forward gathers ahead of the device: as soon as the gathering before the last one was taken.
-        asked_s = self._gathered[-2] if item.early else self.now_s
+        self.host_s += item.host_s
+        asked_s = max(self.host_s, self._gathered[-2] if item.early else self.now_s)
         start_s = max(asked_s, self._free.get(item.lane, 0.0), self._free.get(item.link, 0.0))
         end_s = self._travel(item.lane, start_s, item.seconds, item.link, name)
         self._free[item.lane] = end_s
@@ -178,12 +207,13 @@ def play_pipeline(
     *,
     link: Callable[[int, int], str] = lambda source, target: "across",
     overlap: Sequence[float] = (),
+    posted: Sequence[float] = (),
 ) -> list[Player]:
     """Every rank through its actions. `message_s(source, target)` is what a message between two ranks of the pipeline takes.
 
     Raises AssertionError for a schedule that `base.schedule.check` refuses.
     """
-    players = [Player(rank, overlap[rank] if overlap else 1.0) for rank in range(schedule.ranks)]
+    players = [Player(rank, overlap[rank] if overlap else 1.0, posted[rank] if posted else 1.0) for rank in range(schedule.ranks)]
     sent: dict[Action, float] = {}
     left = [list(reversed(actions)) for actions in schedule.actions]
     arrives: dict[tuple[Action, int], float] = {}
@@ -233,10 +263,10 @@ def _hand_on(
 def finished(players: Sequence[Player], tails: Sequence[Sequence[Item]]) -> Played:
     """The step's end: all ranks agree on the gradient's norm, so what follows the pipeline starts when the last rank is there."""
     there_s = max(player.now_s for player in players)
-    worked_s = sum(player.busy_s + player.exposed_s for player in players)
+    worked_s = sum(player.busy_s + player.exposed_s + player.starved_s for player in players)
     bubble = there_s * len(players) / worked_s - 1 if worked_s else 0.0
     for player, tail in zip(players, tails, strict=True):
-        player.now_s = there_s
+        player.now_s, player.posted = there_s, 1.0
         player.play(tail, "optimizer")
     return Played(
         step_s=max(player.now_s for player in players),

@@ -13,12 +13,12 @@ from itertools import product
 import numpy as np
 
 from paraxis.base.axes import AXES, Degrees
-from paraxis.plan.fusion import COMPILED, last_uses, merged
+from paraxis.plan.fusion import COMPILED, inlined, last_uses, merged
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.operators import Operator
-from paraxis.plan.pieces import TYPICAL, Part, Piece, cut, extended, weights_of
+from paraxis.plan.pieces import IN_BLOCKS, TYPICAL, Part, Piece, cut, extended, weights_of
 from paraxis.plan.rates import Accelerator
-from paraxis.plan.simulate import Compute, Item, Start, Wait
+from paraxis.plan.simulate import Compute, Item, Read, Start, Wait
 from paraxis.plan.trace import Trace
 from paraxis.plan.watch import EVERYTHING
 
@@ -108,13 +108,17 @@ def kernel_s(operator: Operator, on: Accelerator) -> float:
 
 @dataclass(eq=False)
 class Steps:
-    """A traced step as items for the simulation. `extra[stage]` blocks of a stage were not traced; `leading` first ones differ."""
+    """A traced step as items for the simulation. `extra[stage]` blocks of a stage were not traced; `leading` first ones differ.
+
+    `selective`: blocks are recomputed selectively and not compiled, even where the rest is, so that every operator comes by Python.
+    """
 
     trace: Trace
     place: Place
     compiled: bool
     extra: Sequence[int] = (0,)
     leading: int = 0
+    selective: bool = False
 
     def __post_init__(self) -> None:
         self._priced_pieces: dict[range, list[Item]] = {}
@@ -129,7 +133,7 @@ class Steps:
 
     def of(self, place: Place, extra: Sequence[int]) -> "Steps":
         """Another rank's, which does the same; where it is on a like device, between like links, at the same prices."""
-        other = Steps(self.trace, place, self.compiled, extra, self.leading)
+        other = Steps(self.trace, place, self.compiled, extra, self.leading, self.selective)
         if place.alike and self.place.alike:
             other._priced_pieces = self._priced_pieces
         return other
@@ -142,7 +146,8 @@ class Steps:
         """What follows the passes: the gradient's norm, the optimizer. It grows with what all blocks have."""
         weights = weights_of(self.trace, self.leading + TYPICAL, [1 + more for more in self.extra])
         start = next(mark.operator for mark in self.trace.marks if mark.kind == "tail")
-        return joined(list(self._priced([scaled(operator, weights) for operator in self.trace.operators[start:]])))
+        on = self.place.accelerator
+        return joined(list(self._priced([scaled(operator, weights) for operator in self.trace.operators[start:]], on.host_eager_s)))
 
     def batches(self) -> list[list[Item]]:
         """Each traced micro-batch's forward and backward, without a pipeline."""
@@ -157,36 +162,43 @@ class Steps:
         """The items of one piece."""
         if piece.operators not in self._priced_pieces:
             operators: Sequence[Operator] = self.trace.operators[piece.operators.start : piece.operators.stop]
-            if self.compiled and piece.kind in COMPILED:
+            host_s = self.place.accelerator.host_eager_s
+            if self.selective and piece.kind in IN_BLOCKS:
+                host_s = self.place.accelerator.host_selective_s
+            elif self.compiled and piece.kind in COMPILED:
                 operators, _ = merged(operators, piece.operators.stop, self._last_use)
-            self._priced_pieces[piece.operators] = list(self._priced(operators))
+                operators = inlined(operators, piece.operators.stop, self._last_use)
+                host_s = self.place.accelerator.host_compiled_s if piece.kind in IN_BLOCKS else host_s
+            self._priced_pieces[piece.operators] = list(self._priced(operators, host_s))
         return self._priced_pieces[piece.operators]
 
-    def _priced(self, operators: Sequence[Operator]) -> Iterator[Item]:
-        """Kernels of a stream of its own are part of the exchange on it."""
+    def _priced(self, operators: Sequence[Operator], host_s: float) -> Iterator[Item]:
+        """The host takes `host_s` to ask for a kernel. Kernels of a stream of its own are part of the exchange on it."""
         on, begun = self.place.accelerator, None
         for operator in operators:
-            if begun is not None and (operator.lane != begun.lane or operator.sort in ("begin", "wait")):
+            if begun is not None and (operator.lane != begun.lane or operator.sort in ("begin", "wait", "read")):
                 yield begun
                 begun = None
             if operator.sort == "begin":
                 assert operator.lane in ("all_gather", "reduce_scatter")
-                begun = Start(operator.lane, 0.0, "memory", early=operator.early)
+                begun = Start(operator.lane, 0.0, "memory", early=operator.early, host_s=on.host_sharding_s)
+            elif operator.sort == "read":
+                yield Read()
             elif operator.sort == "wait":
                 lane = operator.lane if operator.lane in ("all_gather", "reduce_scatter") else "exchange"
                 yield Wait(lane, number=operator.result if lane == "exchange" else -1, everything=operator.result == EVERYTHING)
             elif operator.sort == "exchange":
                 seconds, link = self.place.exchange(operator)
                 if begun is not None:
-                    begun = Start(begun.lane, begun.seconds + seconds, link if link != "memory" else begun.link, begun.early)
+                    begun = replace(begun, seconds=begun.seconds + seconds, link=link if link != "memory" else begun.link)
                 else:
-                    yield Start("exchange", seconds, link, number=operator.result)
+                    yield Start("exchange", seconds, link, number=operator.result, host_s=on.host_exchange_s)
                     if operator.result < 0:  # nothing waits for it by name: the host's next operator does
                         yield Wait("exchange")
             elif begun is not None:
-                begun = Start(begun.lane, begun.seconds + kernel_s(operator, on), begun.link, begun.early)
+                begun = replace(begun, seconds=begun.seconds + kernel_s(operator, on), host_s=begun.host_s + host_s)
             else:
-                yield Compute(kernel_s(operator, on))
+                yield Compute(kernel_s(operator, on), host_s, host_s)
         if begun is not None:
             yield begun
 
@@ -203,7 +215,7 @@ def scaled(operator: Operator, weights: Mapping[int, float]) -> Operator:
 
 def total_s(items: Sequence[Item]) -> float:
     """Seconds of everything, one after another."""
-    return sum(item.seconds for item in items if not isinstance(item, Wait))
+    return sum(item.seconds for item in items if isinstance(item, Compute | Start))
 
 
 def joined(items: Sequence[Item]) -> list[Item]:
@@ -211,7 +223,7 @@ def joined(items: Sequence[Item]) -> list[Item]:
     found: list[Item] = []
     for item in items:
         if isinstance(item, Compute) and found and isinstance(before := found[-1], Compute):
-            found[-1] = Compute(before.seconds + item.seconds)
+            found[-1] = before + item
         else:
             found.append(item)
     return found

@@ -20,6 +20,7 @@ from paraxis.parallel import pipeline
 from paraxis.parallel.copies import Copies
 from paraxis.parallel.deferred import OwedGradients
 from paraxis.parallel.fsdp import PipelineReduction
+from paraxis.plan import pretend
 from paraxis.plan.operators import Operator, product
 from paraxis.plan.pretend import replaced
 from paraxis.train.passes import Accumulation, Piped
@@ -67,6 +68,7 @@ def watching(run: Run, told: Watched) -> Iterator[None]:
             (FSDPParam, "accumulate_unsharded_grad_if_needed", _adds),
             (group, "post_backward", _ends),
             (Copies, "_take", _takes),
+            (pretend, "read_counts", _reads),
         ):
             inside.enter_context(replaced(owner, name, _bound(wrapper, told, getattr(owner, name))))
         for module in run.modules:
@@ -172,6 +174,11 @@ def _ends(told: Watched, plain: Callable[..., Any], group: Any, *args: Any) -> N
 def _takes(told: Watched, plain: Callable[..., Any], copies: Any, copy: Any) -> None:
     _goes_on(told, copy)
     plain(copies, copy)
+
+
+def _reads(told: Watched, plain: Callable[..., Any], *args: Any) -> Any:
+    told.note(Operator(name="counts", sort="read"))
+    return plain(*args)
 
 
 EVERYTHING = -2  # in place of one exchange's number: all of its stream

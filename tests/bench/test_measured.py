@@ -108,7 +108,6 @@ def test_the_command_predicts_a_file_s_runs_and_writes_the_table(tmp_path: Path)
         (["--measured", "x.json"], "--measured needs --cluster NAME"),
         (["--cluster", "two_h200"], "--cluster is for --measured FILE"),
         (["--measured", "x.json", "--cluster", "two_h200", "--first", "2"], "--first is for published rows"),
-        (["--measured", "x.json", "--cluster", "two_h200", "--calibrate"], "--calibrate is for published rows"),
         (["--measured", "x.json", "--cluster", "two_h200"], "cannot read x.json"),
     ],
 )

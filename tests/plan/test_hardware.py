@@ -142,14 +142,27 @@ def test_ranks_that_come_late_hold_up_collectives_and_not_messages():
     assert late.exchange_s("p2p", 1 << 20, (0, 1)) == usual.exchange_s("p2p", 1 << 20, (0, 1))
     assert late.exchange_s("all_reduce", 1 << 20, (0, 4)) == usual.exchange_s("all_reduce", 1 << 20, (0, 4))  # one rank a host
     assert parse_cluster(tomllib.loads(cluster_toml(late))) == late
-    with pytest.raises(ConfigError, match="skew_s=-1 0 or more"):
+    with pytest.raises(ConfigError, match="skew_s=-1 and"):
         replace(FAST, skew_s=-1)
+
+
+def test_what_the_host_took_of_a_measured_exchange_is_not_the_devices():
+    table = tuple(Exchange(kind="all_gather", ranks=2, bytes=size, seconds=s) for size, s in ((1 << 20, 90e-6), (1 << 30, 2.5e-3)))
+    plain, asked = (cluster(links={"fast": replace(FAST, exchanges=table, host_s=s), "slow": SLOW}) for s in (0.0, 50e-6))
+    for size in (1 << 20, 1 << 25, 1 << 30):
+        assert asked.exchange_s("all_gather", size, (0, 1)) == pytest.approx(plain.exchange_s("all_gather", size, (0, 1)) - 50e-6)
+    assert parse_cluster(tomllib.loads(cluster_toml(asked))) == asked
+    with pytest.raises(ConfigError, match="host_s=-1 0 or more"):
+        replace(FAST, host_s=-1)
+    for wrong in ({"host_eager_s": -1.0}, {"posted": 0.5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            replace(CHIP, **wrong)
 
 
 def test_products_follow_the_roofline_where_nothing_was_measured():
     assert CHIP.product_s("bf16", 8192, 8192, 8192) == pytest.approx(2 * 8192**3 / 300e12 / CHIP.product_share)
     assert CHIP.product_s("bf16", 1, 8192, 8192) == pytest.approx(2 * 8192 * 8194 / 2e12 / CHIP.product_share, rel=0.01)  # bytes
-    assert CHIP.product_s("bf16", 2, 2, 2) == CHIP.launch_s
+    assert CHIP.product_s("bf16", 2, 2, 2) == CHIP.shortest_s
     assert CHIP.moving_s(2e9) == pytest.approx(1e-3 / CHIP.memory_share)
     with pytest.raises(ConfigError, match="no peak for float8"):
         CHIP.product_s("float8", 64, 64, 64)

@@ -8,7 +8,7 @@ import pytest
 
 from paraxis.base.schedule import Action, Kind, idle_share
 from paraxis.base.schedules import SCHEDULES, Plan, build_schedule
-from paraxis.plan.simulate import Compute, Item, Played, Player, Start, Wait, finished, play_pipeline
+from paraxis.plan.simulate import Compute, Item, Played, Player, Read, Start, Wait, finished, play_pipeline
 
 EQUAL: dict[Kind, float] = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
@@ -131,3 +131,51 @@ def test_ranks_wait_for_the_slowest_before_the_optimizer():
     done = [replace(player) for player in players]
     step = finished(players, [[Compute(0.5)], [Compute(0.25)]])
     assert step.step_s == pytest.approx(max(player.now_s for player in done) + 0.5)
+
+
+def asked(host_s: float, kernel_s: float = 1.0) -> list[Item]:
+    """Kernels, and one message that they wait for, each of which the host takes so long to ask for."""
+    kernel = Compute(kernel_s, host_s, host_s)
+    return [kernel, Start("exchange", 0.5, "inside", host_s=host_s), kernel, Wait("exchange"), kernel, kernel]
+
+
+def test_a_host_that_asks_in_no_time_changes_nothing():
+    assert alone(asked(0.0)) == alone([Compute(1.0), Start("exchange", 0.5, "inside"), Compute(1.0), Wait("exchange"), Compute(2.0)])
+
+
+def test_a_host_slower_than_the_device_sets_the_steps_time():
+    assert alone(asked(10.0)).step_s == pytest.approx(5 * 10.0 + 1.0)
+
+
+def test_a_bigger_host_cost_never_shortens_a_step():
+    steps = [alone(asked(host_s)).step_s for host_s in (0.0, 0.1, 0.5, 0.9, 1.0, 1.5, 3.0, 10.0)]
+    assert all(faster <= slower for faster, slower in pairwise(steps))
+
+
+def test_joined_kernels_wait_for_the_host_as_they_do_one_by_one():
+    kernels = [Compute(seconds, host_s, host_s) for seconds, host_s in ((1.0, 0.2), (0.1, 2.0), (3.0, 0.1), (0.2, 0.3), (0.1, 4.0))]
+    total = kernels[0]
+    for kernel in kernels[1:]:
+        total = total + kernel
+    for head in ([], [Compute(1.5)], [Compute(20.0)]):
+        apart, joined = (Player() for _ in range(2))
+        apart.play([*head, *kernels], "apart")
+        joined.play([*head, total], "joined")
+        assert (joined.now_s, joined.host_s) == (pytest.approx(apart.now_s), pytest.approx(apart.host_s))
+
+
+def test_a_host_that_reads_a_value_cannot_run_ahead():
+    ahead = [Compute(4.0), *asked(1.0)]
+    reading = [Compute(4.0), Read(), *asked(1.0)]
+    assert alone(ahead).step_s == pytest.approx(8.0)
+    assert alone(reading).step_s == pytest.approx(4.0 + 5 * 1.0 + 1.0)
+
+
+def test_computing_beside_receives_that_wait_takes_longer_until_the_pipeline_is_done():
+    schedule = build_schedule("1f1b", Plan(2, 4, 1))
+    plain, held = (
+        play_pipeline(schedule, lambda action: [Compute(EQUAL[action.kind])], lambda source, target: 0.0, posted=posted)
+        for posted in ([], [1.2, 1.2])
+    )
+    tails = [[Compute(1.0)]] * 2
+    assert finished(held, tails).step_s - 1.0 == pytest.approx(1.2 * (finished(plain, tails).step_s - 1.0))

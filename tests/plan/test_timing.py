@@ -1,16 +1,18 @@
 """Timed steps: what is priced, what a compiler merges, and what follows for whole runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from paraxis.plan.cluster_file import read_cluster
-from paraxis.plan.fusion import last_uses, merged
-from paraxis.plan.operators import Operator
+from paraxis.plan.fusion import inlined, last_uses, merged
+from paraxis.plan.operators import GATHERED, Operator
 from paraxis.plan.predict import Prediction, predict
 from paraxis.plan.pretend import PretendedDevice
+from paraxis.plan.rates import HOST
 from paraxis.plan.trace import Trace, trace_step
 from paraxis.recipes.find import find
 from paraxis.train.config import RunConfig
@@ -19,12 +21,16 @@ H100 = PretendedDevice("cpu", 0, "NVIDIA H100 80GB HBM3", 79 << 30)
 
 
 def config_of(settings: dict[str, object]) -> RunConfig:
-    """A wide model, so that work counts and not the starting of kernels; with short rows, and nothing recomputed."""
+    """A wide model, so that work counts; with short rows, and nothing recomputed."""
     return find("llama3_8b", {"compile": "none", "remat.mode": "none", "data.seq_len": 1024, **settings})[0]
 
 
-def predicted(ranks: int, settings: dict[str, object], **options: Any) -> Prediction:
-    return predict(config_of(settings), read_cluster("dgx_h100").with_devices(ranks), ranks, **options)
+def predicted(ranks: int, settings: dict[str, object], *, host: float = 1.0, **options: Any) -> Prediction:
+    """On a DGX H100 whose host takes `host` times as long to ask for operators."""
+    cluster = read_cluster("dgx_h100").with_devices(ranks)
+    [(name, chip)] = cluster.accelerators.items()
+    chip = replace(chip, **{constant: getattr(chip, constant) * host for constant in HOST})
+    return predict(config_of(settings), replace(cluster, accelerators={name: chip}), ranks, **options)
 
 
 def elementwise(reads: list[int], writes: list[int], bytes: int = 100) -> Operator:
@@ -58,6 +64,25 @@ def test_what_is_used_after_the_phase_is_written():
     assert merged(chain[:3], 3, last_uses(chain[:3]))[1] == {1}
 
 
+def test_what_is_cheap_to_compute_again_is_read_from_its_sources_instead():
+    # A wide copy (300) of a narrow tensor (100), which a kernel after the product takes: the narrow one is read again.
+    wide = Operator(name="aten::to", sort="traffic", fusible=True, reads=((0, 100),), writes=((1, 300),))
+    last = Operator(name="aten::mul", sort="traffic", fusible=True, reads=((1, 300), (3, 100)), writes=((4, 100),))
+    chain = [wide, product([2], [3]), last]
+    found = inlined(merged(chain, len(chain), last_uses(chain))[0], len(chain), last_uses(chain))
+    assert [one.name for one in found] == ["aten::mm", "merged"]
+    assert sorted(found[1].reads) == [(0, 100), (3, 100)]
+    used_later = [*chain, product([1], [5])]
+    kept = inlined(merged(chain, len(chain), last_uses(used_later))[0], len(chain), last_uses(used_later))
+    assert [one.name for one in kept] == ["merged", "aten::mm", "merged"]
+
+
+def test_a_host_that_asks_in_no_time_is_the_least_a_step_takes(apart: Callable[..., Any]):
+    settings = {"parallel.tp": 2, "model.layers": 4}
+    steps_s = apart(lambda: [predicted(2, settings, host=host).step_s for host in (0.0, 1.0, 4.0)])
+    assert steps_s[0] < steps_s[1] < steps_s[2]
+
+
 def test_a_traced_step_has_the_models_products_and_attention(apart: Callable[..., Any]):
     settings = {"model.layers": 2}
 
@@ -87,6 +112,8 @@ def test_fsdp_gathers_and_reduces_every_parameter_as_it_really_does(apart: Calla
             assert operator.group == (0, 1, 2, 3)
             moved[operator.lane] += operator.bytes
     assert moved["all_gather"] == pytest.approx(2 * (parameters + blocks), rel=0.01)  # bf16; blocks forward and backward
+    copied = sum(bytes for operator in trace.operators if operator.name == GATHERED for _, bytes in operator.writes)
+    assert copied == pytest.approx(moved["all_gather"] / 4, rel=0.01)  # each rank's own part into its place
     assert moved["reduce_scatter"] == pytest.approx(4 * parameters, rel=0.01)  # fp32
     begun = [operator.lane for operator in trace.operators if operator.sort == "begin"]
     assert begun.count("all_gather") == 1 + 2 * 3
@@ -128,7 +155,7 @@ def test_more_work_takes_longer_and_compiling_less(apart: Callable[..., Any]):
             "compiled": {"compile": "inductor"},
             "more": {"parallel.microbatches": 4},
         }
-        return {name: predicted(2, {"parallel.fsdp": 2, "model.layers": 6} | change) for name, change in changes.items()}
+        return {name: predicted(2, {"parallel.fsdp": 2, "model.layers": 6} | change, host=0.0) for name, change in changes.items()}
 
     found = apart(steps)
     plain = found["plain"]
