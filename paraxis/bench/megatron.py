@@ -22,9 +22,10 @@ from paraxis.plan.hardware import Cluster
 from paraxis.plan.operators import Operator
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.rates import Accelerator
+from paraxis.plan.record import Trace
 from paraxis.plan.simulate import Compute, play_pipeline
 from paraxis.plan.timing import kernel_s
-from paraxis.plan.trace import Trace, trace_step
+from paraxis.plan.trace import trace_step
 from paraxis.train.config import RunConfig
 from paraxis.train.stages import build_order
 

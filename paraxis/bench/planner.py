@@ -22,9 +22,9 @@ from paraxis.plan.memory import sketch
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.published import GPTStep, amp_s, pipette_s
 from paraxis.plan.rates import Accelerator
+from paraxis.plan.record import Trace
 from paraxis.plan.simulate import Player, finished
 from paraxis.plan.timing import Place, Steps
-from paraxis.plan.trace import Trace
 
 EQUATIONS: Mapping[str, Callable[[GPTStep], float]] = {"amp": amp_s, "pipette": pipette_s}
 

@@ -11,8 +11,8 @@ from paraxis.base.layout import layout_settings
 from paraxis.cli.study import Study, spelled
 from paraxis.plan.explain import gib, placed, run_lengths, why_refused, why_slower
 from paraxis.plan.picture_text import memory_text, timeline_text
+from paraxis.plan.record import CATEGORIES
 from paraxis.plan.search import Option
-from paraxis.plan.trace import CATEGORIES
 
 FILE_WIDTH = 180  # of a table that goes to no terminal
 SHOWN = 6

@@ -15,7 +15,7 @@ from paraxis.optim.build import state_names
 from paraxis.plan.blocks import BlockKind, Matrix, Shape, read_shape
 from paraxis.plan.candidates import Candidate
 from paraxis.plan.hardware import Cluster
-from paraxis.plan.trace import WORKSPACE_BYTES
+from paraxis.plan.record import WORKSPACE_BYTES
 from paraxis.train.choose import WHOLE_GRADIENT_SHARE
 from paraxis.train.config import RunConfig
 from paraxis.train.stages import layer_costs

@@ -23,8 +23,9 @@ from paraxis.base.schedule import Action, Schedule, write_csv
 from paraxis.parallel.world import World
 from paraxis.plan.pieces import FEW, TYPICAL, Held, Part, Piece, cut, extended, stored
 from paraxis.plan.pretend import PretendedDevice
+from paraxis.plan.record import CATEGORIES, ROUND, Trace
 from paraxis.plan.steady import StandIn, shortened, stand_ins
-from paraxis.plan.trace import CATEGORIES, ROUND, Trace, stage_output, trace_step
+from paraxis.plan.trace import stage_output, trace_step
 from paraxis.train.choose import build_strategy
 from paraxis.train.config import RunConfig
 from paraxis.train.run import on_meta

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paraxis.base.schedule import Action
-from paraxis.plan.trace import CATEGORIES, Mark, Phase, Trace
+from paraxis.plan.record import CATEGORIES, Mark, Phase, Trace
 
 Held = NDArray[np.int64]  # bytes by category, as CATEGORIES
 Part = Action | int | str  # of a step: an action of a pipeline, a micro-batch by number, "head" and "tail"

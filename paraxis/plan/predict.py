@@ -18,10 +18,11 @@ from paraxis.plan.hardware import Cluster
 from paraxis.plan.memory import Peak, Sketch, Step, refuse_untraceable, sketch, whole_model
 from paraxis.plan.pieces import FEW, Part
 from paraxis.plan.pretend import PretendedDevice
+from paraxis.plan.record import CATEGORIES
 from paraxis.plan.simulate import Item, Played, Player, Span, finished, play_pipeline
 from paraxis.plan.steady import circumstances
 from paraxis.plan.timing import Place, Steps, total_s
-from paraxis.plan.trace import CATEGORIES, stage_output
+from paraxis.plan.trace import stage_output
 from paraxis.train.config import RunConfig
 from paraxis.train.stages import Stages, build_stages
 

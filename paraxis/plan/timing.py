@@ -18,8 +18,8 @@ from paraxis.plan.hardware import Cluster
 from paraxis.plan.operators import Operator
 from paraxis.plan.pieces import IN_BLOCKS, TYPICAL, Part, Piece, cut, extended, weights_of
 from paraxis.plan.rates import Accelerator
+from paraxis.plan.record import Trace
 from paraxis.plan.simulate import Compute, Item, Read, Start, Wait
-from paraxis.plan.trace import Trace
 from paraxis.plan.watch import EVERYTHING
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from paraxis.plan.memory import Peak, coordinates, different_at_first, exact_peak, predict_peak
 from paraxis.plan.pretend import PretendedDevice
-from paraxis.plan.trace import ROUND, Trace, trace_step
+from paraxis.plan.record import ROUND, Trace
+from paraxis.plan.trace import trace_step
 from paraxis.recipes.find import find
 from paraxis.train.config import RunConfig
 from paraxis.train.run import on_meta

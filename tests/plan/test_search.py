@@ -15,7 +15,7 @@ from paraxis.base.layout import laid_out
 from paraxis.base.schedule import most_in_flight
 from paraxis.base.schedules import SCHEDULES, Plan, build_schedule
 from paraxis.parallel.world import World
-from paraxis.plan import holdings, lacking, trace
+from paraxis.plan import holdings, lacking, record
 from paraxis.plan.candidates import Candidate, Space, candidate_of, planned
 from paraxis.plan.closed import Costs
 from paraxis.plan.cluster_file import read_cluster
@@ -41,7 +41,7 @@ def config_of(settings: dict[str, object], recipe: str = "debug") -> RunConfig:
 @pytest.fixture(autouse=True)
 def without_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are larger than all that these models hold."""
-    for module in (holdings, trace):
+    for module in (holdings, record):
         monkeypatch.setattr(module, "WORKSPACE_BYTES", 512)
 
 

@@ -13,7 +13,8 @@ from paraxis.plan.operators import GATHERED, Operator
 from paraxis.plan.predict import Prediction, predict
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.rates import HOST
-from paraxis.plan.trace import Trace, trace_step
+from paraxis.plan.record import Trace
+from paraxis.plan.trace import trace_step
 from paraxis.recipes.find import find
 from paraxis.train.config import RunConfig
 
