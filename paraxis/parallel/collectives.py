@@ -18,9 +18,9 @@ _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 def _waited(x: Tensor) -> Tensor:
-    """What a collective brings, once it is there. Traced ones wait by themselves; a compiler that sees two waits keeps for backward what
-    nobody needs there."""
-    return functional.wait_tensor(x) if isinstance(x, functional.AsyncCollectiveTensor) else x
+    """What a collective brings, once it is there. In a graph torch waits by itself, and a compiler that sees two waits keeps for backward
+    what nobody needs there."""
+    return x if torch.compiler.is_compiling() else functional.wait_tensor(x)
 
 
 # The collectives work along the first dimension. torch's own handling of another one cannot be compiled on 2.11.
