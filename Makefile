@@ -1,8 +1,9 @@
-# The two knobs: which Python to build .venv from (3.11 or newer), and which torch to install where that Python has none.
-# Once .venv is made its own are the defaults.
+# The knobs: which Python to build .venv from (3.11 or newer), and which torch to install where that Python has none (once .venv is made
+# its own are the defaults); and how many processes share the tests, each of which may start eight of its own.
 -include .venv/knobs.mk
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 
 bin := .venv/bin
 
@@ -16,7 +17,7 @@ help:
 	@echo "make test-all  the same with the full matrices; the result is written to tests/results/"
 	@echo "make lint      ruff, import-linter and pyright"
 	@echo "make clean     remove .venv and caches (runs are kept)"
-	@echo "knobs: PYTHON=$(PYTHON) TORCH=$(TORCH)"
+	@echo "knobs: PYTHON=$(PYTHON) TORCH=$(TORCH) WORKERS=$(WORKERS)"
 
 demo: .venv/ready
 	$(bin)/paraxis train demo
@@ -24,10 +25,10 @@ demo: .venv/ready
 setup: .venv/ready
 
 test: lint
-	$(bin)/python -m pytest -q -m "not full and not gpu"
+	$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not full and not gpu"
 
 test-all: lint
-	$(bin)/python -m pytest -q -m "not gpu" --record tests/results
+	$(bin)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu" --record tests/results
 	$(bin)/python -m pytest -q -m gpu
 
 lint: .venv/ready-to-test

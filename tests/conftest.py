@@ -1,4 +1,5 @@
-"""Fixtures and options every test shares. Ranks are forked from this process, so it must stay free of threads and of CUDA.
+"""Fixtures and options every test shares. Ranks are forked from this process, so it must stay free of CUDA, and of threads that do
+anything.
 
 A CUDA build of torch starts threads for the GPUs it sees as soon as it runs a backward, and then cannot fork. So GPUs are hidden,
 except where GPU tests alone are asked for: `pytest -m gpu`.
@@ -41,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if folder := config.getoption("--record"):
+    if (folder := config.getoption("--record")) and not hasattr(config, "workerinput"):  # of many processes the first counts for all
         config.pluginmanager.register(Recorder(folder))
 
 

@@ -7,12 +7,14 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """One rank's device: `kind` is "cuda" or "cpu", `name` as the vendor prints it, `memory_bytes` its own memory."""
+    """One rank's device: `kind` is "cuda" or "cpu", `name` as the vendor prints it, `memory_bytes` its own memory; of a GPU, `capability`
+    is NVIDIA's number of what it can compute."""
 
     kind: str
     index: int
     name: str
     memory_bytes: int
+    capability: tuple[int, int] = (0, 0)
 
     @property
     def torch(self) -> torch.device:

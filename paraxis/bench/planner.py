@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from paraxis.base.axes import Degrees
-from paraxis.base.errors import ConfigError
 from paraxis.bench.megatron import MegatronStep, Pieces, Shape, shape, trace_pieces
 from paraxis.bench.percent import percent
 from paraxis.bench.published import Published
@@ -86,11 +85,9 @@ def _large_enough(cluster: Cluster, ranks: int) -> Cluster:
 
 def trace(row: Published, known: dict[Shape, Pieces]) -> Traced:
     """Traces a row; of Megatron's, only what is not `known` yet. Raises ConfigError for what cannot run."""
-    if row.problem:
-        raise ConfigError(row.problem)
     if isinstance(row.config.model, GPTConfig):
         return MegatronRun(row, trace_pieces(row.config, known))
-    found = sketch(row.config, row.ranks, 0, PretendedDevice("cpu", 0, row.cluster, 94 << 30))
+    found = sketch(row.config, row.ranks, 0, PretendedDevice("cpu", 0, row.cluster, 94 << 30, (9, 0)))
     [extra] = [layers - few for layers, few in zip(found.layers, found.traced, strict=True)]
     return OurRun(row, found.base, extra, found.peak().reserved)
 
@@ -217,7 +214,7 @@ def calibrations(rows: Sequence[Published], known: Mapping[str, Cluster], tell: 
     """Each machine with constants fitted on its rows, of which `tell` hears. Rows that cannot be predicted are left out."""
     found, pieces = dict(known), dict[Shape, Pieces]()
     for machine, cluster in known.items():
-        own = [row for row in rows if row.cluster == machine and not row.problem]
+        own = [row for row in rows if row.cluster == machine]
         if not own:
             continue
         names = ("product_share", "memory_share", "launch_s", "skew_s") if len(own) > 1 else ("product_share",)

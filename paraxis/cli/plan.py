@@ -24,8 +24,9 @@ HELP = f"""\
 usage: paraxis plan RECIPE --cluster FILE [--gpus N] [--layout LAYOUT] [--field=value ...] [options]
 
 Ranks the layouts in which RECIPE fits a cluster by predicted step time, and says why the next ones lose. Degrees, pipeline schedule,
-micro-batch, recomputation and resharding are chosen; what is set here as --field=value is kept. A step has the tokens that
-train.global_tokens says, else those of the recipe's own layout. Nothing is run: this works on a laptop, for any cluster.
+micro-batch, recomputation and resharding are chosen; what is set here as --field=value is kept. Several precisions may be given to choose
+from (--precision=bf16,float8_tensorwise). A step has the tokens that train.global_tokens says, else those of the recipe's own layout.
+Nothing is run: this works on a laptop, for any cluster.
 
   --cluster FILE   a file that paraxis probe wrote, or a ready one by name (dgx_a100, dgx_h100, dgx_h200, dgx_b200, two_h200)
   --gpus N         how many devices, in place of the file's number: its host is repeated
@@ -126,7 +127,7 @@ def _told(study: "Study") -> dict[str, Any]:
         "cluster": study.cluster.name,
         "ranks": study.ranks,
         "tokens_per_step": study.tokens,
-        "precision": study.config.precision,
+        "precision": ",".join(study.precisions) or study.config.precision,
         "plans": [_option(study, one) for one in found.options],
         "pareto": [_option(study, one) for one in found.pareto],
         "refused": [_option(study, one) for one in found.refused],

@@ -46,9 +46,9 @@ def print_study(study: Study, *, pictures: bool) -> None:
 
 def _times(study: Study, options: Sequence[Option]) -> Table:
     device = study.cluster.accelerator_of(0).name
-    title = (
-        f"{study.config.name} on {study.ranks} x {device} ({study.cluster.name}), {study.config.precision}, {study.tokens:,} tokens a step"
-    )
+    several = len(study.precisions) > 1
+    precisions = " or ".join(study.precisions) if several else study.config.precision
+    title = f"{study.config.name} on {study.ranks} x {device} ({study.cluster.name}), {precisions}, {study.tokens:,} tokens a step"
     table = Table(title=title, box=SIMPLE_HEAD)
     for name in ("layout", "rows x micro-batches", "recompute", "reshard"):
         table.add_column(name, overflow="fold")
@@ -60,7 +60,7 @@ def _times(study: Study, options: Sequence[Option]) -> Table:
         own = one.candidate
         why = why_slower(one, options[0]) if one.fits else why_refused(one)
         table.add_row(
-            own.layout,
+            f"{own.layout}, {one.config.precision}" if several else own.layout,
             f"{own.micro_batch} x {own.micro_batches}",
             own.remat,
             own.reshard,

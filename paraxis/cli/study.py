@@ -10,7 +10,7 @@ from paraxis.base.layout import laid_out
 from paraxis.plan.candidates import Space, candidate_of, differing, planned
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.lacking import Lacking, find_lacking
-from paraxis.plan.search import Effort, Found, Option, Search, traced, with_known
+from paraxis.plan.search import Effort, Found, Option, Search, by_time, pareto, traced, with_known
 from paraxis.recipes.find import find
 from paraxis.train.check import check
 from paraxis.train.config import RunConfig
@@ -34,7 +34,8 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The answer. `config` is the run before anything was chosen, `seconds` what answering took."""
+    """The answer. `config` is the run before anything was chosen, `seconds` what answering took; `precisions` are those that were compared,
+    where there were several."""
 
     recipe: str
     config: RunConfig
@@ -44,6 +45,7 @@ class Study:
     lacking: Lacking | None
     given: Mapping[str, object]
     seconds: float
+    precisions: Sequence[str] = ()
 
     @property
     def best(self) -> Option | None:
@@ -69,19 +71,48 @@ class Study:
 
 
 def ask(question: Question, effort: Effort, *, exact: bool = False, drawn: bool = False) -> Study:
-    """Searches, or predicts the one layout. `exact` traces every block of the best; `drawn` traces it even where the effort was spent.
+    """Searches, or predicts the one layout, in each precision that the question names. `exact` traces every block of the best; `drawn`
+    traces it even where the effort was spent.
 
     Raises ConfigError for what cannot be.
     """
     started_s = time.monotonic()
-    if question.layout:
-        study = _of_layout(question, exact)
+    precisions = str(question.settings.get("precision", "")).split(",")
+    if len(precisions) > 1:
+        share = replace(effort, seconds=effort.seconds and effort.seconds / len(precisions))
+        one_each = [replace(question, settings={**question.settings, "precision": precision}) for precision in precisions]
+        study = _together([ask(one, share) for one in one_each])
     else:
-        study = _searched(question, effort)
+        study = _of_layout(question, exact) if question.layout else _searched(question, effort)
+    if not question.layout:
         # What is then known of the best may leave another as the best.
         while (exact and study.best is not None and study.best.source != "exact") or (drawn and study.shown.prediction is None):
             study = _known_better(study, exact and study.best is not None)
     return replace(study, seconds=time.monotonic() - started_s)
+
+
+def _together(studies: Sequence[Study]) -> Study:
+    """The answers in several precisions as one."""
+    first, found = studies[0], [study.found for study in studies]
+    lacking = [study.lacking for study in studies if study.lacking is not None]
+    options = sorted((one for part in found for one in part.options), key=by_time)
+    fastest = options[0].tokens_per_s if options else 0.0
+    refused = [one for part in found for one in part.refused if one.tokens_per_s > fastest]
+    return replace(
+        first,
+        found=Found(
+            options=options,
+            pareto=pareto(sorted((one for part in found for one in part.pareto), key=by_time)),
+            refused=sorted(refused, key=by_time),
+            candidates=sum(part.candidates for part in found),
+            simulated=sum(part.simulated for part in found),
+            traced=sum(part.traced for part in found),
+            complete=all(part.complete for part in found),
+        ),
+        lacking=None if options else min(lacking, key=lambda one: one.bytes),
+        given={path: value for path, value in first.given.items() if path != "precision"},
+        precisions=[study.config.precision for study in studies],
+    )
 
 
 def _known_better(study: Study, exact: bool) -> Study:

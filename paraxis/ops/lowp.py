@@ -231,7 +231,7 @@ def float8_problem(recipe: Float8, device: Device) -> str | None:
     """Why this device cannot multiply as the recipe has it, or None. A CPU can, slowly: for tests and small trials."""
     if not device.is_cuda:
         return None
-    capability = torch.cuda.get_device_capability()
+    capability = device.capability
     has = f"{device.name} has {capability[0]}.{capability[1]}"
     if capability < (8, 9):
         return f"float8 products need an NVIDIA GPU of compute capability 8.9 or more, and {has}"

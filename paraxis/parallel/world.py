@@ -46,7 +46,7 @@ def this_device(local_rank: int) -> Device:
         return Device("cpu", 0, platform.processor() or platform.machine(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     torch.cuda.set_device(local_rank)
     properties = torch.cuda.get_device_properties(local_rank)
-    return Device("cuda", local_rank, properties.name, properties.total_memory)
+    return Device("cuda", local_rank, properties.name, properties.total_memory, (properties.major, properties.minor))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
+from operator import attrgetter
 from typing import Any, Literal
 
 from torch import nn
@@ -122,13 +123,12 @@ def _stages_a_rank(schedule: str, chunks: int) -> int:
 def differing(config: RunConfig, base: RunConfig) -> dict[str, Any]:
     """What a planner may set, by dotted path, where `config` has it otherwise than `base`."""
     paths = [f"parallel.{field.name}" for field in fields(ParallelConfig)]
-    paths += ["train.micro_batch", "train.global_tokens", "remat.mode", "remat.every", "remat.budget"]
+    paths += ["precision", "train.micro_batch", "train.global_tokens", "remat.mode", "remat.every", "remat.budget"]
     return {path: value for path in paths if (value := _value(config, path)) != _value(base, path)}
 
 
 def _value(config: RunConfig, path: str) -> object:
-    section, _, name = path.partition(".")
-    return getattr(getattr(config, section), name)
+    return attrgetter(path)(config)
 
 
 def planned(config: RunConfig, ranks: int, fixed: Mapping[str, object]) -> RunConfig:

@@ -23,7 +23,7 @@ def why_slower(option: Option, best: Option) -> str:
         return f"{-slower:.1%} faster by prediction, which is less than predictions tell apart, on more axes"
     if abs(slower) < SEEN:
         return f"as fast; {'' if option.reserved < best.reserved else '+'}{gib(option.reserved - best.reserved)} GiB"
-    reasons: list[str] = []
+    reasons = [f"in {option.config.precision}"] if option.config.precision != best.config.precision else []
     if (bubble := option.bubble - best.bubble) > SEEN:
         reasons.append(f"bubble {bubble:.1%} more")
     if (waits := option.exposed_s / option.step_s - best.exposed_s / best.step_s) > SEEN:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
 
 from paraxis.base.axes import Degrees
 from paraxis.base.errors import ConfigError
@@ -17,7 +16,7 @@ from paraxis.base.schedule import Action, Schedule
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.memory import Peak, Sketch, Step, refuse_untraceable, sketch, whole_model
 from paraxis.plan.pieces import FEW, Part
-from paraxis.plan.pretend import PretendedDevice
+from paraxis.plan.pretend import pretended
 from paraxis.plan.record import CATEGORIES
 from paraxis.plan.simulate import Item, Played, Player, Span, finished, play_pipeline
 from paraxis.plan.steady import circumstances
@@ -72,16 +71,6 @@ class Prediction:
         return self.reserved <= self.usable
 
 
-def refuse_unpredictable(config: RunConfig, model: nn.Module) -> None:
-    """Raises ConfigError for what no prediction is made of. `model` is the run's, on the meta device."""
-    refuse_untraceable(config, model)
-    if config.precision.startswith("float8"):
-        raise ConfigError(
-            f"precision={config.precision} cannot be planned: float8 products have not been traced without a GPU; plan with "
-            "precision=bf16, which takes more time and about as much memory"
-        )
-
-
 def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Sequence[int] | None = None, exact: bool = False) -> Prediction:
     """A step of `config` on `ranks` devices of `cluster`; rank r runs on device `placement[r]`, or on device r.
 
@@ -95,7 +84,7 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
     first = [place.rank for place in places]
     played = _piped(config, degrees, stages.schedule, sketches, steps) if stages else _alone(sketches[0], steps[0])
     peaks = [one.peak() for one in sketches]
-    fullest = max(range(degrees.pp), key=lambda number: (peaks[number].reserved or 0) - places[number].accelerator.usable_bytes)
+    fullest = max(range(degrees.pp), key=lambda number: (peaks[number].reserved or 0) - places[number].usable_bytes)
     tokens = config.rows_per_step(degrees) * config.data.seq_len
     rate = tokens / played.step_s / ranks
     count = getattr(config.model, "flops_per_token", None)
@@ -107,8 +96,8 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
         bubble=played.bubble,
         rank=first[fullest],
         peak=peaks[fullest],
-        usable=places[fullest].accelerator.usable_bytes,
-        runs=all(_runs(*one) for one in zip(sketches, peaks, [place.accelerator.usable_bytes for place in places], strict=True)),
+        usable=places[fullest].usable_bytes,
+        runs=all(_runs(*one) for one in zip(sketches, peaks, [place.usable_bytes for place in places], strict=True)),
         timeline=played.spans,
         memory=_curve(sketches[fullest].step, steps[fullest], [span for span in played.spans if span.rank == fullest]),
     )
@@ -130,7 +119,7 @@ def _sketches(
     """The stages of a run; and of each of its pipeline ranks the place of the first that does the same, and its step, in memory and in
     time."""
     model = whole_model(config)
-    refuse_unpredictable(config, model)
+    refuse_untraceable(config, model)
     ranks = len(placement)
     degrees = config.parallel.degrees.filling(ranks)
     stages = build_stages(config, degrees, model)
@@ -144,7 +133,7 @@ def _sketches(
     sketches: list[Sketch] = []
     steps: list[Steps] = []
     for number, place in enumerate(places):
-        device = PretendedDevice("cpu", 0, place.accelerator.name, place.accelerator.memory_bytes)
+        device = pretended(place.accelerator)
         kind = (_kind(stages, number) if stages else None), device
         if kind not in traced:
             found = sketch(config, ranks, place.rank, device, exact=exact)

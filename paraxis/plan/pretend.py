@@ -27,6 +27,7 @@ from paraxis.base.seams import Dispatch
 from paraxis.models import init
 from paraxis.parallel.collectives import functional
 from paraxis.parallel.world import World
+from paraxis.plan.rates import Accelerator
 from paraxis.plan.remembered import Call, Result, call_of, known, made_again, remember
 
 PRETENDED = torch.device("cpu", 0)
@@ -50,6 +51,11 @@ class PretendedDevice(Device):
     @property
     def is_cuda(self) -> bool:
         return True
+
+
+def pretended(on: Accelerator) -> PretendedDevice:
+    """The device that a run on this accelerator finds."""
+    return PretendedDevice("cpu", 0, on.name, on.memory_bytes, (9, 0) if "float8" in on.peak_flops else (8, 0))
 
 
 class PretendedMemory(TorchDispatchMode):

@@ -30,8 +30,9 @@ from paraxis.plan.candidates import Candidate, Space
 from paraxis.plan.closed import Costs
 from paraxis.plan.cuts import cuts_by_speed
 from paraxis.plan.hardware import Cluster
+from paraxis.plan.memory import refuse_untraceable
 from paraxis.plan.place import place
-from paraxis.plan.predict import Prediction, predict, refuse_unpredictable
+from paraxis.plan.predict import Prediction, predict
 from paraxis.plan.replay import simulate
 from paraxis.plan.traffic import traffic_of
 from paraxis.train.check import check
@@ -112,7 +113,7 @@ class Search:
 
     def run(self) -> Found:
         """Raises ConfigError where there is no candidate at all, and for a run that cannot be predicted."""
-        refuse_unpredictable(self.space.config, self.space.model)
+        refuse_untraceable(self.space.config, self.space.model)
         families = list(self.space.families())
         self.candidates = sum(self.space.size(family) for family in families)
         if not families:
@@ -124,7 +125,7 @@ class Search:
         self._best([one for one in families if one.degrees.cp == 1], self.costs.usable, self.effort.keep)
         for part in PARTS:
             self._best(families, part * self.costs.usable, self.effort.keep if part == 1 else 2)
-        options = distinct(sorted(self.simulated.values(), key=_by_time))
+        options = distinct(sorted(self.simulated.values(), key=by_time))
         traced = self._traced(options)
         return self._judged(options, traced)
 
@@ -205,13 +206,13 @@ class Search:
     def _judged(self, options: Sequence[Option], traced: Mapping[Candidate, Option]) -> Found:
         """All options with what traces said, in order."""
         known = [traced.get(one.candidate) or _scaled(one, *_ratio(one, options, traced, known=True)) for one in options]
-        fitting = sorted((one for one in known if one.fits), key=_by_time)
+        fitting = sorted((one for one in known if one.fits), key=by_time)
         best = simplest_first(list(islice(filter(self.accepts, fitting), self.effort.keep)))
         fastest = max((one.tokens_per_s for one in best), default=0.0)
         return Found(
             options=best,
             pareto=[one for one in pareto(fitting) if self.accepts(one)],
-            refused=sorted((one for one in known if not one.fits and one.tokens_per_s > fastest), key=_by_time),
+            refused=sorted((one for one in known if not one.fits and one.tokens_per_s > fastest), key=by_time),
             candidates=self.candidates,
             simulated=len(self.simulated),
             traced=len(traced),
@@ -231,9 +232,9 @@ def with_known(found: Found, whole: Option) -> Found:
 
     def known(options: Sequence[Option]) -> list[Option]:
         told = (whole if one.candidate == whole.candidate else one for one in options)
-        return sorted((one for one in told if one.fits), key=_by_time)
+        return sorted((one for one in told if one.fits), key=by_time)
 
-    refused = found.refused if whole.fits else sorted([*found.refused, whole], key=_by_time)
+    refused = found.refused if whole.fits else sorted([*found.refused, whole], key=by_time)
     return replace(found, options=simplest_first(known(found.options)), pareto=pareto(known(found.pareto)), refused=refused)
 
 
@@ -260,7 +261,7 @@ def pareto(fitting: Sequence[Option]) -> list[Option]:
     return found
 
 
-def _by_time(option: Option) -> tuple[float, int, int]:
+def by_time(option: Option) -> tuple[float, int, int]:
     """Fastest first: by tokens a second, as steps may differ in their tokens; of equals, what takes less memory, and fewer axes."""
     d = option.candidate.degrees
     return -round(option.tokens_per_s, 6), round(option.reserved), d.cp * d.tp * d.pp

@@ -51,9 +51,19 @@ class Place:
         return range(self.rank // size * size, (self.rank // size + 1) * size)
 
     @cached_property
+    def _accelerators(self) -> list[Accelerator]:
+        ranks = [self.rank] if self.alike else self._stage
+        return list({one.name: one for one in (self.cluster.accelerator_of(self.placement[rank]) for rank in ranks)}.values())
+
+    @cached_property
     def accelerator(self) -> Accelerator:
-        found = {self.cluster.accelerator_of(self.placement[rank]).name: rank for rank in ([self.rank] if self.alike else self._stage)}
-        return min((self.cluster.accelerator_of(self.placement[rank]) for rank in found.values()), key=_speed)
+        """The slowest."""
+        return min(self._accelerators, key=_speed)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the allocator can have of the smallest device."""
+        return min(one.usable_bytes for one in self._accelerators)
 
     def exchange(self, operator: Operator) -> tuple[float, str]:
         """Seconds of an exchange, and the link that it is on."""

@@ -28,7 +28,7 @@ from paraxis.parallel.world import World
 from paraxis.plan.cuts import dtype_of, speed_of
 from paraxis.plan.hardware import Cluster, ExchangeKind
 from paraxis.plan.memory import settle
-from paraxis.plan.pretend import PretendedDevice
+from paraxis.plan.pretend import pretended
 from paraxis.plan.trace import stage_output
 from paraxis.train.check import context_kind
 from paraxis.train.config import RunConfig
@@ -97,7 +97,7 @@ def traffic_of(config: RunConfig, cluster: Cluster, ranks: int) -> Traffic:
     model = on_meta(config)
     stages = build_stages(config, degrees, model)
     on = cluster.accelerator_of(0)
-    world = World(0, ranks, 0, PretendedDevice("cpu", 0, on.name, on.memory_bytes), dist.HashStore())
+    world = World(0, ranks, 0, pretended(on), dist.HashStore())
     step = _Step(settle(config, world, FIRST, stages, model), degrees, model, stages)
     count = getattr(config.model, "flops_per_token", None)
     flops = count(config.data.seq_len) * config.rows_per_step(degrees) * config.data.seq_len / ranks if count else 0.0

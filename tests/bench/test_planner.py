@@ -142,12 +142,6 @@ def test_a_record_has_signed_percents_and_a_summary_their_mean_and_worst():
     assert (signed["planner_percent"], worst["planner_percent"]) == (-20.0, -50.0)
 
 
-def test_rows_that_cannot_be_predicted_say_why():
-    [row, *_] = [row for row in ROWS if row.problem]
-    with pytest.raises(ConfigError, match="float8 runs are not predicted"):
-        trace(row, {})
-
-
 def test_a_folder_without_rows_is_refused_by_its_path(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"measured_single_node.csv: No such file .* --rows"):
         published(tmp_path)

@@ -17,6 +17,7 @@ from paraxis.cli import auto, main, plan
 from paraxis.cli.study import Question, ask
 from paraxis.plan.cluster_file import read_cluster
 from paraxis.plan.search import Effort
+from paraxis.recipes.find import find
 from tests.cli.folders import said
 
 CPU = """
@@ -113,10 +114,29 @@ def test_a_simulated_step_is_written_beside_a_measured_one(cluster: Path, tmp_pa
     assert "needs --trace FILE" in capsys.readouterr().err
 
 
-def test_a_run_in_float8_is_refused_with_what_to_plan_instead(cluster: Path, capsys: pytest.CaptureFixture[str]):
-    for more in (["--layout", "fsdp2"], ["--gpus", "2"]):
-        assert main(["plan", "debug", "--cluster", str(cluster), "--precision=float8_tensorwise", *more]) != 0
-        assert "plan with precision=bf16" in capsys.readouterr().err
+def test_a_run_in_float8_is_refused_for_devices_without_it(cluster: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "debug", "--cluster", str(cluster), "--precision=float8_tensorwise", "--layout", "fsdp2"]) != 0
+    assert "float8 products need an NVIDIA GPU" in capsys.readouterr().err
+    words = ["debug", "--cluster", "dgx_h100", "--gpus", "2", "--precision=float8_tensorwise", "--float8.gather=float8"]
+    assert main(["plan", *words]) != 0
+    assert "plan with float8.gather=bf16" in capsys.readouterr().err
+
+
+
+def test_of_several_precisions_the_fastest_comes_first_and_each_plan_says_its_own(capsys: pytest.CaptureFixture[str]):
+    words = ["debug", "--cluster", "dgx_h100", "--gpus", "2", *FIXED, "--precision=fp32,bf16", "--json"]
+    assert plan.run(words) == 0
+    answer = json.loads(capsys.readouterr().out)
+    plans = answer["plans"]
+    assert answer["precision"] == "fp32,bf16"
+    assert {one["precision"] for one in plans} == {"fp32", "bf16"}
+    assert [one["tokens_per_s"] for one in plans] == sorted((one["tokens_per_s"] for one in plans), reverse=True)
+    recipe = find("debug")[0].precision
+    assert all(one["settings"].get("precision", recipe) == one["precision"] for one in plans)
+    slower = next(one for one in plans if one["precision"] != plans[0]["precision"])
+    assert f"in {slower['precision']}" in slower["why"] or "as fast" in slower["why"] or "faster by prediction" in slower["why"]
+    assert plan.run(["debug", "--cluster", "dgx_h100", "--layout", "dp2", "--precision=fp32,bf16", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["plans"]) == 2
 
 
 def test_nothing_that_fits_says_how_much_is_lacking(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -17,6 +17,7 @@ from paraxis.plan.memory import coordinates, sketch
 from paraxis.plan.place import Placement, cost_s, place
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.rates import Accelerator
+from paraxis.plan.timing import Place
 from paraxis.plan.traffic import Collective, Traffic, groups_of, traffic_of
 from paraxis.recipes.find import find
 from paraxis.train.config import RunConfig
@@ -379,3 +380,11 @@ def test_the_closed_form_is_what_a_traced_step_exchanges(apart: Any, recipe: str
             key = tuple(groups_of(one.group, degrees)[0, 0].tolist()), one.exchange
             said[key] = said.get(key, 0.0) + one.bytes * one.times[0] * times
     assert said == pytest.approx(apart(lambda: exchanged(config, ranks)), rel=2e-3)
+
+
+def test_a_stage_of_several_devices_is_as_slow_as_the_slowest_and_has_the_memory_of_the_smallest():
+    mixed = cluster_of(1, 1, slower=2.0)
+    small = replace(mixed, accelerators={**mixed.accelerators, "chip": replace(CHIP, memory_bytes=24 << 30)})  # the faster one
+    place = Place(small, 0, range(8), Degrees(fsdp=8))
+    assert place.accelerator.name == "other"
+    assert place.usable_bytes == (24 << 30) - CHIP.reserved_bytes

@@ -167,6 +167,15 @@ def test_more_work_takes_longer_and_compiling_less(apart: Callable[..., Any]):
     assert plain.tokens_per_s == pytest.approx(1024 / plain.step_s)
 
 
+def test_large_products_are_foretold_faster_in_float8(apart: Callable[..., Any]):
+    def steps() -> list[float]:
+        settings = {"data.seq_len": 4096, "model.width": 4096, "model.mlp_width": 14336, "model.heads": 32, "model.kv_heads": 8}
+        return [predicted(2, {**settings, "compile": "inductor", "precision": p}).step_s for p in ("bf16", "float8_tensorwise")]
+
+    bf16, float8 = apart(steps)
+    assert float8 < bf16
+
+
 def test_a_backward_that_is_split_is_timed_as_it_runs_which_is_not_compiled(apart: Callable[..., Any]):
     settings = {"parallel.pp": 2, "parallel.schedule": "zbh1", "parallel.microbatches": 4, "model.layers": 4}
     auto, none = apart(lambda: [predicted(2, {**settings, "compile": mode}).step_s for mode in ("auto", "none")])
