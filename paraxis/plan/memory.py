@@ -53,16 +53,6 @@ class Peak:
         return sum(self.held.values())
 
 
-def exact_peak(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Peak:
-    """The peak of the whole model's step. Raises ConfigError for what cannot run."""
-    return sketch(config, ranks, rank, device, exact=True).peak()
-
-
-def predict_peak(config: RunConfig, ranks: int, rank: int, device: PretendedDevice) -> Peak:
-    """As `exact_peak`, from a step of a few blocks and micro-batches. Raises ConfigError for what cannot run."""
-    return sketch(config, ranks, rank, device).peak()
-
-
 @dataclass(frozen=True, eq=False)
 class Sketch:
     """One rank's step: the trace `base` of a step with `traced` blocks in each of the rank's stages and a few micro-batches.

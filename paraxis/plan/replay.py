@@ -80,15 +80,9 @@ class _Actions:
     def __init__(self, costs: Costs, candidate: Candidate, times: Sequence[StageTime], link: str, schedule: Schedule) -> None:
         self._steps = [_Steps(costs, candidate, time, link) for time in times]
         self._made: dict[tuple[str, int, bool], Sequence[Item]] = {}
-        self._schedule = schedule
-        kinds = ("W",) if schedule.splits_backward else ("B",)
-        last = {a.stage: a for own in schedule.actions for a in own if a.kind in kinds or (a.kind == "B" and not self._has(a))}
+        last = {a.stage: a for own in schedule.actions for a in own if a.kind in "BW"}
         first = {a.stage: a for own in schedule.actions for a in reversed(own) if a.kind == "F"}
         self._edges = {*last.values(), *first.values()}
-
-    def _has(self, action: Action) -> bool:
-        """Whether a whole backward's stage also has split ones."""
-        return any(other.kind == "W" and other.stage == action.stage for own in self._schedule.actions for other in own)
 
     def __call__(self, action: Action) -> Sequence[Item]:
         edge = action in self._edges

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from paraxis.plan.memory import Peak, coordinates, different_at_first, exact_peak, predict_peak
+from paraxis.plan.memory import Peak, coordinates, different_at_first, sketch
 from paraxis.plan.pretend import PretendedDevice
 from paraxis.plan.record import ROUND, Trace
 from paraxis.plan.trace import trace_step
@@ -45,7 +45,7 @@ def test_a_prediction_from_few_blocks_is_the_whole_steps_peak(name: str, apart: 
 
     def both() -> tuple[Peak, Peak]:
         config = config_of(recipe, settings)
-        return predict_peak(config, ranks, rank, H200), exact_peak(config, ranks, rank, H200)
+        return sketch(config, ranks, rank, H200).peak(), sketch(config, ranks, rank, H200, exact=True).peak()
 
     predicted, exact = apart(both)
     assert predicted.bytes == pytest.approx(exact.bytes, rel=ALLOWED)
@@ -77,7 +77,7 @@ def test_recomputation_and_sharding_save_memory(apart: Callable[..., Any]):
         settings = {**modes, "fsdp": {"parallel.fsdp": 8}}
         common = {"model.layers": 6, "data.seq_len": 512, "precision": "bf16"}
         runs = {name: config_of("debug", {**common, **more}) for name, more in settings.items()}
-        return {name: predict_peak(config, config.parallel.fsdp, 0, H200).held for name, config in runs.items()}
+        return {name: sketch(config, config.parallel.fsdp, 0, H200).peak().held for name, config in runs.items()}
 
     held = apart(peaks)
     assert held["none"]["activations"] > held["selective"]["activations"] > held["full"]["activations"]
@@ -89,7 +89,7 @@ def test_documents_are_traced_as_rows_of_one_document(apart: Callable[..., Any])
 
     def peaks() -> list[int]:
         settings = ({**common, "data.document_mask": masked} for masked in (False, True))
-        return [predict_peak(config_of("debug", one), 1, 0, H200).bytes for one in settings]
+        return [sketch(config_of("debug", one), 1, 0, H200).peak().bytes for one in settings]
 
     whole, documents = apart(peaks)
     assert documents == pytest.approx(whole, rel=0.02)
