@@ -81,7 +81,7 @@ def ask(question: Question, effort: Effort, *, exact: bool = False, drawn: bool 
     if len(precisions) > 1:
         share = replace(effort, seconds=effort.seconds and effort.seconds / len(precisions))
         one_each = [replace(question, settings={**question.settings, "precision": precision}) for precision in precisions]
-        study = _together([ask(one, share) for one in one_each])
+        study = _together([ask(one, share, exact=exact and bool(question.layout)) for one in one_each])
     else:
         study = _of_layout(question, exact) if question.layout else _searched(question, effort)
     if not question.layout:

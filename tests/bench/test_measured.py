@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from paraxis.base.errors import ConfigError
-from paraxis.bench import measured
+from paraxis.bench import calibrated, measured
 from paraxis.bench.measured import measured_rows, measured_runs
 from paraxis.cli import main
 from paraxis.plan.cluster_file import read_cluster
@@ -100,6 +100,23 @@ def test_the_command_predicts_a_file_s_runs_and_writes_the_table(tmp_path: Path)
     assert 0 < row["predicted_allocated_gib"] <= row["predicted_reserved_gib"] < 4
     assert row["allocated_percent"] == pytest.approx(100 * (row["predicted_allocated_gib"] / 4 - 1), abs=0.3)
     assert row["said_to_fit"]
+
+
+def test_constants_are_fitted_on_the_rows_that_are_named_for_it_and_on_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    path = write(tmp_path, ROW)
+    words = ["bench", "planner", "--measured", str(path), "--cluster", "two_h200", "--calibrate"]
+    assert main(words) != 0
+    assert "FILE.calibration.txt; write it first" in capsys.readouterr().err
+    write(tmp_path, ROW, {**ROW, "name": "b", "step_s": 9.0}, calibrating="a")
+    def predict(config, cluster, ranks):
+        return SimpleNamespace(step_s=cluster.accelerator_of(0).host_eager_s * 1e4)
+
+    monkeypatch.setattr(calibrated, "predict", predict)
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert 'fitted = "on 1 rows: a"' in printed
+    host_us = float(next(line for line in printed.splitlines() if line.startswith("host_eager_us")).split("=")[1])
+    assert host_us * 1e-6 * 1e4 == pytest.approx(ROW["step_s"], rel=0.02)
 
 
 @pytest.mark.parametrize(
