@@ -95,6 +95,8 @@ class BackgroundSaver:
                 self._process, self._control = self._start()
             job = Job(self._number, str(folder), step, layout, asdict(keep), meta, {}, ())
             self._control.sendall(self._stage(job, pieces, files if self._meeting.rank == 0 else {}))
+        except ConnectionError:  # it ended while the copy was made
+            self._give_up(self._ending())
         except (OSError, RuntimeError, MemoryError) as error:
             self._give_up(f"{type(error).__name__}: {error}")
 

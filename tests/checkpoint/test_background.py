@@ -105,6 +105,24 @@ def test_a_killed_saver_is_told_leaves_nothing_and_is_replaced(saver: Background
     assert [one.path for one in committed(tmp_path)] == [path]
 
 
+def test_a_saver_that_is_killed_while_the_copy_is_made_is_told_by_how_it_ended(
+    saver: BackgroundSaver, tmp_path: Path, state: State, whole: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    stage = saver._stage
+
+    def killed_meanwhile(*what) -> bytes:
+        os.kill(saver._process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, saver._process.pid, os.WEXITED | os.WNOWAIT)
+        return stage(*what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, "_stage", killed_meanwhile)
+        saver.save(tmp_path, 1, whole(state), META, FILES)
+    assert "rank 0: the process that saves in the background was killed by SIGKILL" in finished(saver).failed
+    saver.save(tmp_path, 2, whole(state), META, FILES)
+    assert finished(saver).failed == ""
+
+
 def test_a_saver_does_not_heed_what_is_sent_to_all_processes_of_a_job(
     saver: BackgroundSaver, tmp_path: Path, state: State, whole: Callable
 ):
