@@ -129,7 +129,8 @@ class Model(Protocol):
 
     `layout` says where tensors may be split, `init` how parameters start (patterns to `Init` rules, see models/init.py),
     `keys` maps our names to Hugging Face's; `blocks()` lists the repeated units that are compiled,
-    recomputed and gathered one at a time.
+    recomputed and gathered one at a time. `ends()`, where there is one, lists what else may be gathered by itself: `forward` has to
+    reach the parameters of these modules by calling them.
     """
 
     layout: ClassVar[Mapping[str, Any]]

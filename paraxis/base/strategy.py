@@ -47,6 +47,11 @@ class ParallelConfig:
         Literal["auto", "micro_batch", "step"],
         "when gradients are summed over ranks: after each micro-batch, or once a step (keeps them whole meanwhile); auto looks at memory",
     ] = "auto"
+    travel: Annotated[
+        Literal["auto", "computed", "reduced"],
+        "how gradients travel between fsdp ranks: in the dtype they were computed in, and summed in fp32 where they arrive (computed), or "
+        "in fp32, summed on their way (reduced); auto: computed among up to 8 GPUs",
+    ] = "auto"
 
     auto: Annotated[
         bool, "have the planner choose what is not set on the command line: degrees, schedule, micro-batch, recomputation (see --cluster)"
@@ -127,3 +132,4 @@ class Strategy:
     async_tp: bool = False
     reshard: bool = True
     reduce_each_micro_batch: bool = False
+    half_travels: bool = False  # gradients are summed in the reduce dtype where they arrive, not on their way

@@ -1,4 +1,4 @@
-"""`paraxis bench`: measures training steps, with TorchTitan beside them where the user has set it up, and makes tables of results."""
+"""`paraxis bench`: measures training steps, with another system beside them where it is installed, and makes tables of results."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,15 +11,16 @@ from paraxis.base.config import suggestion
 from paraxis.base.env import read_environment
 from paraxis.base.errors import ConfigError, StorageError
 from paraxis.cli import bench_collectives, bench_kernels, bench_memory, bench_placement, bench_planner, bench_search
-from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
+from paraxis.cli.arguments import Arguments, parse, whole_number
 from paraxis.cli.bench_checkpoint import bench as bench_checkpoint
-from paraxis.cli.bench_rows import TABLE_WIDTH, Variant, measure_rows, read_variants, results_file, shown, split
+from paraxis.cli.bench_peers import PEER_LISTS, PEER_OPTIONS, peers
+from paraxis.cli.bench_rows import TABLE_WIDTH, Variant, measure_rows, read_variants, results_file, shown
 from paraxis.cli.data import bench as bench_data
 
 if TYPE_CHECKING:
     from paraxis.bench.machine import Machine
-    from paraxis.bench.rows import Pace, Subject
-    from paraxis.bench.titan import Site
+    from paraxis.bench.rows import Pace
+    from paraxis.bench.step import Ours
 
 HELP = """\
 usage: paraxis bench step RECIPE [--field=value ...] [options]
@@ -48,6 +49,7 @@ the warm-up), step time, peak memory, MFU, losses, and the time from launch to t
   --against titan --titan DIR      also run TorchTitan 0.2.2 from DIR, on its DIR/titan.toml; see docs/performance.md
   --titan-options="--section.field value ..."    options for it, in every row
   --titan-row "NAME: --section.field value ..."  a row of it with these options; may be repeated
+  --against transformers           also run transformers' Trainer on the work of each row, where it and accelerate are installed
   --name NAME                      begins the name of the results file (default: step)
   --out FILE                       the results file (default: bench/results/NAME-HARDWARE-DATE.json)
   --logs DIR                       keep what each run printed and its run folder
@@ -104,8 +106,8 @@ examples:
   paraxis bench table --into docs/performance.md
 """
 
-STEP_OPTIONS = ("ranks", "steps", "warmup", "runs", "limit", "against", "titan", "titan-options", "name", "out", "logs")
-STEP_LISTS = ("row", "titan-row")
+STEP_OPTIONS = ("ranks", "steps", "warmup", "runs", "limit", *PEER_OPTIONS, "name", "out", "logs")
+STEP_LISTS = ("row", *PEER_LISTS)
 STEP_FLAGS = ("json", "debug", "help")
 
 
@@ -159,11 +161,10 @@ def _step(arguments: list[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="paraxis-bench-", ignore_cleanup_errors=True) as scratch:
         logs = _empty_folder(parsed.options.get("logs", f"{scratch}/logs"))
-        subjects: list[Subject] = [*_ours(parsed, machine, pace)]
-        if site := _titan_site(parsed, Path(scratch) / "site"):
-            results = replace(results, versions={**results.versions, "torchtitan": site.version})
-            subjects += _titans(parsed, site, machine, pace)
-        compare(subjects, runs, pace, logs, lambda text: console.print(text, soft_wrap=True), keep)
+        own = [*_ours(parsed, machine, pace)]
+        versions, others = peers(parsed, own, Path(scratch), machine, pace)
+        results = replace(results, versions={**results.versions, **versions})
+        compare([*own, *others], runs, pace, logs, lambda text: console.print(text, soft_wrap=True), keep)
     if "json" in parsed.flags:
         print(results.json(), end="")
     else:
@@ -188,10 +189,9 @@ def _startup(arguments: list[str]) -> int:
         logs = _empty_folder(parsed.options.get("logs", f"{scratch}/logs"))
 
         def rows(machine: "Machine") -> Iterator[Mapping[str, Any]]:
-            subjects: list[Subject] = [*_ours(parsed, machine, pace)]
-            if site := _titan_site(parsed, Path(scratch) / "site"):
-                subjects += _titans(parsed, site, machine, pace)
-            return startup_rows(subjects, runs, logs)
+            own = [*_ours(parsed, machine, pace)]
+            _, others = peers(parsed, own, Path(scratch), machine, pace)
+            return startup_rows([*own, *others], runs, logs)
 
         return measure_rows("startup", parsed, arguments, rows)
 
@@ -208,7 +208,7 @@ def _pace(parsed: Arguments) -> "Pace":
     return Pace(steps=steps, warmup=warmup, limit_s=limit)
 
 
-def _ours(parsed: Arguments, machine: "Machine", pace: "Pace") -> Iterator["Subject"]:
+def _ours(parsed: Arguments, machine: "Machine", pace: "Pace") -> Iterator["Ours"]:
     from paraxis.bench.step import ours
 
     recipe = parsed.names[1]
@@ -218,28 +218,6 @@ def _ours(parsed: Arguments, machine: "Machine", pace: "Pace") -> Iterator["Subj
         if own.names:
             raise ConfigError(f"--row {variant.name!r}: {own.names[0]!r} is not a setting; write --field=value")
         yield ours(variant.name, recipe, {**parsed.settings, **own.settings}, ranks, machine, pace)
-
-
-def _titan_site(parsed: Arguments, target: Path) -> "Site | None":
-    """Where TorchTitan runs, if it is to; its wheels are installed into `target` where Python does not find it."""
-    from paraxis.bench.titan import open_site
-
-    wanted = [name for name in ("against", "titan", "titan-options", "titan-row") if name in parsed.options or name in parsed.lists]
-    if not wanted:
-        return None
-    if not {"against", "titan"} <= {*wanted}:
-        raise ConfigError(f"--{wanted[0]} is for runs beside TorchTitan, which need both --against titan and --titan DIR")
-    one_of("against", parsed.options["against"], ("titan",))
-    return open_site(Path(parsed.options["titan"]), target)
-
-
-def _titans(parsed: Arguments, site: "Site", machine: "Machine", pace: "Pace") -> Iterator["Subject"]:
-    from paraxis.bench.titan import CONFIG, titan
-
-    ranks = whole_number("ranks", parsed.options.get("ranks", str(machine.devices or 1)), 1)
-    common = split("titan-options", parsed.options.get("titan-options", ""))
-    for variant in read_variants("titan-row", parsed.lists.get("titan-row", [])) or [Variant(CONFIG, ())]:
-        yield titan(variant.name, [*common, *variant.options], site, ranks, pace)
 
 
 def _empty_folder(logs: str) -> Path:

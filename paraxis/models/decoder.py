@@ -39,6 +39,17 @@ class Block(nn.Module):
         return x_btm + self.mlp(self.mlp_norm(x_btm))
 
 
+class Head(nn.Module):
+    """The vocabulary projection [v, m]. The loss is computed in its call, so that the matrix can be gathered by itself."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(vocab_size, width) * width**-0.5)
+
+    def forward(self, x_btm: Tensor, targets_bt: Tensor, head_loss: HeadLoss) -> Tensor:
+        return head_loss(x_btm, self.weight, targets_bt)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, norm, head. `forward` gives a batch's summed loss, `logits` what it is made of."""
 
@@ -76,7 +87,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(positions, width) if positions else None
         self.layers = nn.ModuleDict({str(number): block for number, block in enumerate(blocks)})
         self.norm: nn.Module | None = norm
-        self.head = None if tied else nn.Linear(width, vocab_size, bias=False)
+        self.head = None if tied else Head(vocab_size, width)
 
     def forward(self, batch: Batch, x_btm: Tensor | None = None) -> Tensor:
         """The loss summed over the batch's targets, a scalar of at least fp32; of a pipeline's earlier stages, what they hand on."""
@@ -84,7 +95,9 @@ class Decoder(nn.Module):
         x_btm = self._through_blocks(x_btm, batch.positions_bt, batch.documents_bt)
         if self.norm is None:
             return x_btm
-        return self.head_loss(self.norm(x_btm), self.head_weight, batch.targets_bt)
+        if self.head is None:
+            return self.head_loss(self.norm(x_btm), self.head_weight, batch.targets_bt)
+        return self.head(self.norm(x_btm), batch.targets_bt, self.head_loss)
 
     def logits(self, tokens_bt: Tensor, positions_bt: Tensor | None = None, documents_bt: Tensor | None = None) -> Tensor:
         """What the model predicts to follow each token: [b, t, v]. Positions count from 0 unless given."""
@@ -134,6 +147,10 @@ class Decoder(nn.Module):
     def blocks(self) -> list[Any]:
         """The repeated units that are compiled, recomputed and gathered one at a time."""
         return list(self.layers.values())
+
+    def ends(self) -> list[nn.Module]:
+        """What is gathered by itself beside the blocks: the head, which a tied embedding has not."""
+        return [] if self.head is None else [self.head]
 
     def use_attention(self, attend: Attend) -> None:
         """Computes attention with `attend` from now on, in every layer."""

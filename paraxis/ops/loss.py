@@ -95,6 +95,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                 torch.mm(logits, weight_vm, out=grad_x[chunk])
             if grad_weight is not None:
                 _add_product(grad_weight, logits.t(), x)
+            del logits  # or the last chunk's would be there beside both gradients of the weight
         ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight_vm.dtype))
         return loss
 

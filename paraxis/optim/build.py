@@ -3,6 +3,7 @@
 The kernels are the ones behind `torch.optim.AdamW(fused=True)` and `torch.optim.SGD(fused=True)`; they exist for CPU and
 CUDA and for every floating dtype. They are called directly, and only here, because the state then belongs to us: named,
 complete from the first step on, and with one update count for all parameters. tests/optim holds them to `torch.optim`.
+They take no scale for gradients, so clipping costs another pass over these; where `ops/adamw.py` can do all in one pass, it does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from paraxis.base.device import Device
+from paraxis.ops.adamw import can_step, step_adamw
 from paraxis.optim.config import OptimConfig
 from paraxis.optim.groups import group_names
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The parameters of one kernel call (same weight decay, same dtype, none empty) and their state, in the same order."""
+    """The parameters of one call (same rule, same weight decay, same dtype, none empty) and their state, in the same order."""
 
+    rule: str  # of `_UPDATE`
     weight_decay: float
     parameters: list[Tensor]
     state: dict[str, list[Tensor]]
@@ -29,6 +32,12 @@ class _Group:
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         assert len(grads) == len(self.parameters), "every stored parameter has a gradient before the optimizer steps"
         return grads
+
+    def scaled_grads(self, scale: Tensor | None) -> list[Tensor]:
+        """The gradients, after they have been multiplied by `scale`."""
+        if scale is not None:
+            scale_gradients(self.grads, scale)
+        return self.grads
 
 
 class Optimizer:
@@ -47,24 +56,27 @@ class Optimizer:
         }
         self._groups: list[_Group] = []
         for group, names in groups.items():
-            for dtype in dict.fromkeys(parameter.dtype for parameter in parameters.values()):
-                # A rank may store nothing of a small parameter: that one stays in the state, but no kernel sees it.
-                stored = [name for name in names if name in parameters and parameters[name].numel() and parameters[name].dtype == dtype]
-                state = {name: [tensors[parameter] for parameter in stored] for name, tensors in self._state.items()}
-                weight_decay = config.weight_decay if group == "decay" else 0.0
-                self._groups.append(_Group(weight_decay, [parameters[name] for name in stored], state))
+            # A rank may store nothing of a small parameter: that one stays in the state, but no kernel sees it.
+            stored = [name for name in names if name in parameters and parameters[name].numel()]
+            alike: dict[tuple[str, torch.dtype], list[str]] = {}
+            for name in stored:
+                alike.setdefault((_rule(parameters[name], config, device), parameters[name].dtype), []).append(name)
+            weight_decay = config.weight_decay if group == "decay" else 0.0
+            for (rule, _), members in alike.items():
+                state = {name: [tensors[member] for member in members] for name, tensors in self._state.items()}
+                self._groups.append(_Group(rule, weight_decay, [parameters[name] for name in members], state))
 
     @torch.no_grad()
-    def step(self, lr: float, found_inf: Tensor | None = None) -> None:
-        """Updates the parameters from their `.grad`, at learning rate `lr`.
+    def step(self, lr: float, found_inf: Tensor | None = None, scale: Tensor | None = None) -> None:
+        """Updates the parameters from their `.grad`, multiplied by `scale`, at learning rate `lr`.
 
         `found_inf` is a float32 scalar on the parameters' device: where it is 1, parameters, state and update count stay
         bitwise as they are; where it is 0 the step is taken. The host never waits to learn which it was.
+        `scale` is a scalar there too, of any floating dtype. Afterwards gradients are scaled where no kernel of ours read them.
         """
         self._updates += 1
         for group in self._groups:
-            if group.parameters:
-                _UPDATE[self._config.name](group, self._config, lr, self._updates, found_inf)
+            _UPDATE[group.rule](group, self._config, lr, self._updates, found_inf, scale)
         if found_inf is not None:
             self._updates -= found_inf
 
@@ -88,8 +100,13 @@ def state_names(config: OptimConfig) -> tuple[str, ...]:
     return ("momentum_buffer",) if config.momentum else ()
 
 
-def _adamw(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_inf: Tensor | None) -> None:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2); g is the gradient, n counts this update too:
+def scale_gradients(gradients: Sequence[Tensor], scale: Tensor) -> None:
+    """Multiplies gradients (at least one, of one dtype) in place by a scalar tensor, taken in their dtype. No host synchronisation."""
+    torch._foreach_mul_(list(gradients), scale.to(gradients[0].dtype))
+
+
+def _adamw(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_inf: Tensor | None, scale: Tensor | None) -> None:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2); g is the gradient times `scale`, n counts this update too:
 
     p         -= lr * weight_decay * p
     exp_avg    = b1 * exp_avg    + (1 - b1) * g
@@ -98,7 +115,7 @@ def _adamw(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found
     """
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         group.parameters,
-        group.grads,
+        group.scaled_grads(scale),
         group.state["exp_avg"],
         group.state["exp_avg_sq"],
         [],  # no running maximum (AMSGrad)
@@ -114,8 +131,15 @@ def _adamw(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found
     )
 
 
-def _sgd(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_inf: Tensor | None) -> None:
-    """Stochastic gradient descent; g is the gradient:
+def _adamw_at_once(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_inf: Tensor | None, scale: Tensor | None) -> None:
+    """`_adamw`, reading gradients once and not writing them."""
+    means, mean_squares = group.state["exp_avg"], group.state["exp_avg_sq"]
+    constants = (lr, *config.betas, config.eps, group.weight_decay)
+    step_adamw(group.parameters, group.grads, means, mean_squares, updates, scale, found_inf, *constants)
+
+
+def _sgd(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_inf: Tensor | None, scale: Tensor | None) -> None:
+    """Stochastic gradient descent; g is the gradient times `scale`:
 
     g              += weight_decay * p
     momentum_buffer = momentum * momentum_buffer + g
@@ -123,7 +147,7 @@ def _sgd(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_i
     """
     torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
         group.parameters,
-        group.grads,
+        group.scaled_grads(scale),
         group.state.get("momentum_buffer", []),
         weight_decay=group.weight_decay,
         momentum=config.momentum,
@@ -136,7 +160,12 @@ def _sgd(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_i
     )
 
 
-_UPDATE = {"adamw": _adamw, "sgd": _sgd}
+_UPDATE = {"adamw": _adamw, "adamw at once": _adamw_at_once, "sgd": _sgd}
+
+
+def _rule(parameter: Tensor, config: OptimConfig, device: Device) -> str:
+    """Which of `_UPDATE` steps a parameter."""
+    return "adamw at once" if config.name == "adamw" and can_step(parameter, device) else config.name
 
 
 def build_optimizer(

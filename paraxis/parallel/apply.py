@@ -37,6 +37,7 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill, ke
     """
     layout: Any = getattr(model, "layout", {})
     blocks: Sequence[nn.Module] = model.blocks() if hasattr(model, "blocks") else ()  # type: ignore[operator]
+    ends: Sequence[nn.Module] = model.ends() if hasattr(model, "ends") else ()  # type: ignore[operator]
     degrees = mesh.degrees
     model.to(strategy.precision.master)
     placed = {
@@ -56,7 +57,7 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill, ke
     compile_blocks(blocks, strategy.compile, whole=degrees.cp == 1)  # after recomputation, which it then sees; before FSDP's eager hooks
     alone = degrees.shards == degrees.dp == 1 and not strategy.reshard
     if not alone:
-        shard_parameters(model, blocks, mesh, strategy.precision, strategy.reshard, placed)
+        shard_parameters(model, blocks, ends, mesh, strategy.precision, placed, strategy.reshard, strategy.half_travels)
     model.to_empty(device=mesh.world.device.torch)
     stored = dict(model.named_parameters())
     if alone:

@@ -18,15 +18,24 @@ from paraxis.base.layout import Placed
 from paraxis.base.seams import routed_layers
 from paraxis.parallel.copies import Copies
 from paraxis.parallel.mesh import Mesh
+from paraxis.parallel.reduction import Reduction
 
 
 def shard_parameters(
-    model: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, precision: Precision, reshard: bool, placed: Mapping[str, Placed]
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    ends: Iterable[nn.Module],
+    mesh: Mesh,
+    precision: Precision,
+    placed: Mapping[str, Placed],
+    reshard: bool,
+    half_travels: bool,
 ) -> None:
-    """Shards experts that are split by `ep`, then `blocks`, then what is left of `model`; compute, reduction and master dtypes as
-    `precision` says.
+    """Shards experts that are split by `ep`, then `blocks` and `ends`, then what is left of `model`; compute, reduction and master
+    dtypes as `precision` says.
 
-    `reshard` frees a block's gathered parameters between its forward and its backward. Frozen parameters are left as they are.
+    `reshard` frees a block's gathered parameters between its forward and its backward; with `half_travels` gradients travel as they were
+    computed, see `Reduction`. Frozen parameters are left as they are.
     """
     parameters = dict(model.named_parameters())
     frozen = {parameters[name] for name, where in placed.items() if where.frozen}
@@ -44,11 +53,14 @@ def shard_parameters(
             )
     for block in blocks:
         fully_shard(block, mesh=mesh.sharding, reshard_after_forward=reshard, **options)
-    # The root's parameters are needed again as soon as backward starts, so they stay.
-    fully_shard(model, mesh=mesh.sharding, reshard_after_forward=False, **options)
+    # These parameters are needed again as soon as backward starts, so they stay.
+    for module in (*ends, model):
+        fully_shard(module, mesh=mesh.sharding, reshard_after_forward=False, **options)
     for unit in fsdp_units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum; a plain sum is what we mean
+    for group in _groups(model):
+        group._reduce_scatter_comm = Reduction(group, precision.compute if half_travels else None, replicas=mesh.degrees.dp)
 
 
 def fsdp_units(model: nn.Module) -> list[FSDPModule]:
@@ -91,13 +103,16 @@ def _hooks(way: Gathering) -> tuple[Any, Any]:
     return send, receive
 
 
-def reduce_now(model: nn.Module, last: bool, each_micro_batch: bool) -> None:
+def reduce_now(model: nn.Module, last: bool, each_micro_batch: bool, only: bool = False) -> None:
     """Says, before a micro-batch's backward, whether its gradients travel: on the `last` always, before it only if each one shall.
 
+    They do so as they were computed where none of other micro-batches were added: with each, or where it is the step's `only` one.
     Replicas (dp) are summed once, after the last, in either case. A model whose parameters are one rank's own has nothing to travel.
     """
     if not isinstance(model, FSDPModule):
         return
+    for group in _groups(model):
+        group._reduce_scatter_comm.as_computed = each_micro_batch or only
     model.set_requires_gradient_sync(last or each_micro_batch)
     model.set_requires_all_reduce(last)
     model.set_is_last_backward(last)

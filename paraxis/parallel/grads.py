@@ -1,4 +1,4 @@
-"""Gradients across ranks: copies summed, one global norm, and clipping, on this rank's stored parts alone.
+"""Gradients across ranks: copies summed, one global norm, and what clips them, on this rank's stored parts alone.
 
 Every rank holds disjoint parts of most parameters and copies of a few; a copy counts once in the norm.
 """
@@ -66,8 +66,9 @@ def square_sum(shards: Iterable[Shard]) -> Tensor:
     return torch.stack(torch._foreach_norm([at_least_fp32(grad) for grad in owned])).double().square().sum()
 
 
-def clip(shards: Iterable[Shard], norm: Tensor, max_norm: float) -> None:
-    """Scales every gradient by max_norm / norm where the global `norm` (a scalar tensor) is larger. No host synchronisation."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    grads = local_gradients(shards)
-    torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """max_norm / norm where the global `norm` (a scalar tensor) is larger, else 1: what clips gradients that are multiplied by it.
+
+    In the norm's dtype. No host synchronisation.
+    """
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -14,7 +14,8 @@ class Mesh:
     """The ranks arranged by axis. `at` holds this rank's index along each.
 
     Some groups span what two axes share, so there are several views of the same ranks: `sharding` is the (dp, fsdp x cp) mesh that
-    dense parameters are replicated and sharded over, `experts` the (dp, fsdp x cp / ep) mesh of expert parameters.
+    dense parameters are replicated and sharded over, `experts` the (dp, fsdp x cp / ep) mesh of expert parameters. Without replicas
+    both have one dimension: FSDP would take sums over one replica for sums that can be put off, and keep them beside the gradients.
     """
 
     world: World
@@ -69,4 +70,5 @@ def build_mesh(world: World, degrees: Degrees) -> Mesh:
     assert coordinates is not None
     at = {str(axis): place for axis, place in zip(AXES, coordinates, strict=True)}
     ep = split["ep"].get_group() if d.ep > 1 else None
-    return Mesh(world, d, at, axes, sharded["dp", "fsdp"], split["dp", "fsdp"], ep)
+    over = ("dp", "fsdp") if d.dp > 1 else ("fsdp",)
+    return Mesh(world, d, at, axes, sharded[over], split[over], ep)

@@ -15,6 +15,7 @@ from paraxis.plan.blocks import BlockKind, Multiplied
 from paraxis.plan.candidates import Candidate
 from paraxis.plan.hardware import ExchangeKind
 from paraxis.plan.holdings import Holdings, cut_bytes
+from paraxis.train.choose import ALL_TO_ALL_RANKS
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,10 @@ class Costs(Holdings):
         for entries, ways, stride in ((dense, d.shards, d.tp), (routed, d.shards // d.ep, d.tp * d.ep)):
             if entries:
                 gather += self.exchange_s("all_gather", entries * self.dtypes.compute.itemsize, ways, stride)
-                reduce += self.exchange_s("reduce_scatter", entries * self.dtypes.reduce.itemsize, ways, stride)
+                sums = self.exchange_s("reduce_scatter", entries * self.dtypes.reduce.itemsize, ways, stride)
+                if self.config.parallel.travel != "reduced" and d.shards <= ALL_TO_ALL_RANKS:
+                    sums = min(sums, self.exchange_s("all_to_all", entries * self.dtypes.compute.itemsize, ways, stride))
+                reduce += sums
                 reduce += self.exchange_s("all_reduce", entries * self.dtypes.reduce.itemsize / ways, d.dp, d.shards * d.tp)
         return gather, reduce
 

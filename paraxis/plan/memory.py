@@ -297,7 +297,8 @@ def settle(config: RunConfig, world: World, at: dict[str, int], stages: Stages |
     """The configuration without what `auto` would choose by the model's size."""
     strategy = build_strategy(config, world, at, stages, model)
     reshard, reduce = "always" if strategy.reshard else "never", "micro_batch" if strategy.reduce_each_micro_batch else "step"
-    return replace(config, compile=strategy.compile, parallel=replace(config.parallel, reshard=reshard, reduce=reduce))
+    parallel = replace(config.parallel, reshard=reshard, reduce=reduce, travel="computed" if strategy.half_travels else "reduced")
+    return replace(config, compile=strategy.compile, parallel=parallel)
 
 
 def different_at_first(model: nn.Module) -> int | None:

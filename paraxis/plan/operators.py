@@ -68,7 +68,7 @@ IDLE = ("aten::empty", "aten::new_empty", "aten::resize_", "aten::record_stream"
 # These read only as much of their first argument as they leave.
 PICK = ("aten::embedding", "aten::index", "aten::gather", "aten::index_select", "aten::slice", "aten::select")
 # These leave nothing of what was in the tensor that they change.
-OVERWRITE = ("aten::copy_", "aten::_foreach_copy_", "aten::zero_", "aten::fill_", "fsdp::")
+OVERWRITE = ("aten::copy_", "aten::_foreach_copy_", "aten::zero_", "aten::fill_", "fsdp::", "paraxis::sum_parts")
 GATHERED = "fsdp::all_gather_copy_in"  # copies a rank's parameters to their place in what is gathered
 # A kernel of their own even where a compiler writes the others: they sort, search or scatter.
 ALONE = ("sort", "topk", "scatter", "index_put", "embedding", "cumsum", "nonzero", "_fused_", "_foreach_", "fsdp::", "histc", "bincount")

@@ -28,6 +28,8 @@ _SAYS = {
     "c10d::recv_": (0, "communication"),
     "fsdp::chunk_cat": (0, "gradients"),
 }
+# The same, of what runs while gradients are reduced.
+_SAYS_REDUCING = {"c10d::alltoall_base_": (1, "communication"), "paraxis::sum_parts": (0, "communication")}
 # What cuBLAS takes of the allocator for each thread that multiplies, of which there are two: the host's, and autograd's for the device.
 # That of Hopper and later; torch's own default elsewhere is a quarter of it.
 WORKSPACE_BYTES = 32 << 20
@@ -120,7 +122,8 @@ class Recorder(PretendedMemory):
         for x in tree_leaves(out) if result is None else new_outputs(out, result):
             if self.holds(x):
                 self._set(x.untyped_storage(), None)
-        if (said := _SAYS.get(func._schema.name)) is not None:
+        name, reducing = func._schema.name, self.lane == "reduce_scatter"
+        if (said := _SAYS.get(name) or (_SAYS_REDUCING.get(name) if reducing else None)) is not None:
             place, category = said
             self.call(category, tree_leaves(args[place]), only="activations")
         if self.follows and (operator := self._described(func, args, kwargs, out, call, result)) is not None:

@@ -171,18 +171,25 @@ class _Step:
         if not self.gathers_once:
             yield from self._parameters("all_gather", self.itemsize, self.gatherings)
         if self.config.parallel.reduce == "micro_batch":
-            yield from self._parameters("reduce_scatter", self.reduced)
+            yield from self._gradients(added=False)
 
     def once(self) -> Iterator[Collective]:
         """Of a step."""
         if self.gathers_once:
             yield from self._parameters("all_gather", self.itemsize)
         if self.config.parallel.reduce != "micro_batch":
-            yield from self._parameters("reduce_scatter", self.reduced)
+            yield from self._gradients(added=self.micro_batches > 1 or self.degrees.pp > 1)
         if self.degrees.dp > 1:
             for one in self._parameters("reduce_scatter", self.reduced, alone=True):
                 parts = self.degrees.shards // (self.degrees.ep if one.group == "experts" else 1)
                 yield Collective(group="dp", exchange="all_reduce", bytes=one.bytes / parts, times=one.times)
+
+    def _gradients(self, added: bool) -> Iterator[Collective]:
+        """To the ranks that store them: as they were computed, unless some were `added` to others before."""
+        if self.config.parallel.travel == "computed" and not added:
+            yield from self._parameters("all_to_all", self.itemsize)
+        else:
+            yield from self._parameters("reduce_scatter", self.reduced)
 
     def _tensors(self) -> Iterator[Collective]:
         """A block gathers the sequence twice and scatters it twice, forward and backward; the embedding and the head once each way."""

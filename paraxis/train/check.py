@@ -40,6 +40,7 @@ def check(config: RunConfig, ranks: int, model: nn.Module | None = None) -> None
     first: dict[str, int] = dict.fromkeys(AXES, 0)
     placed = {name: place(name, tuple(parameter.shape), table, degrees, first) for name, parameter in model.named_parameters()}
     check_float8(config, degrees, stages, model, placed)
+    check_travel(config, degrees)
     if ranks > 1 and (name := dropout_of(model)):
         raise ConfigError(f"{name} drops out at random, which differs between layouts; set its probability to 0 or train on one rank")
 
@@ -93,6 +94,14 @@ def check_heads(config: RunConfig, degrees: Degrees) -> None:
             f"attention={config.attention} attends to whole rows, but parallel.cp_kind={context_kind(config, degrees)} to blocks of keys, "
             "for which there are other kernels; use attention=auto, which takes the fastest, or cp_kind=ulysses"
         )
+
+
+def check_travel(config: RunConfig, degrees: Degrees) -> None:
+    """Refuses gradients that shall travel as they were computed where none travel, or where that is how they are reduced anyway."""
+    dtypes = precision(config.precision)
+    if config.parallel.travel == "computed" and (degrees.shards == 1 or dtypes.compute == dtypes.reduce):
+        why = "fsdp x cp is 1, so none travel" if degrees.shards == 1 else f"precision={config.precision} also reduces them so"
+        raise ConfigError(f"parallel.travel=computed has gradients travel between fsdp ranks as they are computed, but {why}; leave it out")
 
 
 def context_kind(config: RunConfig, degrees: Degrees) -> str:

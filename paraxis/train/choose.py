@@ -29,6 +29,8 @@ log = logging.getLogger("paraxis")
 WHOLE_GRADIENT_SHARE = 0.1
 # A pipeline stage's gathered parameters may take this share before they are gathered for each micro-batch.
 GATHERED_SHARE = 0.25
+# So many ranks at most send gradients to each other directly: a host's, as a rule.
+ALL_TO_ALL_RANKS = 8
 
 
 def build_strategy(config: RunConfig, world: World, at: Mapping[str, int], stages: Stages | None, model: nn.Module) -> Strategy:
@@ -45,6 +47,7 @@ def build_strategy(config: RunConfig, world: World, at: Mapping[str, int], stage
         async_tp=config.parallel.async_tp,
         reshard=_reshard(config, degrees, entries, dtypes, world.device),
         reduce_each_micro_batch=_reduce_each(config, stages, entries, dtypes, world.device),
+        half_travels=_half_travels(config, degrees, dtypes, world.device),
     )
 
 
@@ -94,6 +97,15 @@ def _reduce_each(config: RunConfig, stages: Stages | None, entries: int, dtypes:
     each = device.is_cuda and whole > WHOLE_GRADIENT_SHARE * device.memory_bytes
     log.info("gradients: auto reduces them %s (%.1f GiB whole)", "after each micro-batch" if each else "once a step", whole / 2**30)
     return each
+
+
+def _half_travels(config: RunConfig, degrees: Degrees, dtypes: Precision, device: Device) -> bool:
+    """Among few, since then every rank sends every other one its part: a ring sends less from host to host."""
+    if config.parallel.travel != "auto" or degrees.shards == 1 or dtypes.compute == dtypes.reduce:
+        return config.parallel.travel == "computed"
+    chosen = device.is_cuda and degrees.shards <= ALL_TO_ALL_RANKS
+    log.info("gradients: auto has them travel %s among %d ranks", "as computed" if chosen else "in the reduce dtype", degrees.shards)
+    return chosen
 
 
 def build_attention(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> Attend:

@@ -35,7 +35,8 @@ class Accumulation:
     def forward_backward(self, batches: Sequence[Batch], scale: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=scale.device)
         for number, batch in enumerate(batches):
-            reduce_now(self.model, last=number == len(batches) - 1, each_micro_batch=self.each_micro_batch)
+            last = number == len(batches) - 1
+            reduce_now(self.model, last=last, each_micro_batch=self.each_micro_batch, only=len(batches) == 1)
             loss = at_least_fp32(self.model(batch))
             loss = loss * scale.to(loss.dtype)
             loss.backward()

@@ -10,7 +10,7 @@ from torch import Tensor
 from paraxis.base.device import Device
 from paraxis.base.seams import Batch
 from paraxis.parallel.collectives import gather_rows, sum_over
-from paraxis.parallel.grads import clip, square_sum, sum_copies
+from paraxis.parallel.grads import clip_factor, square_sum, sum_copies
 from paraxis.parallel.mesh import Mesh
 from paraxis.train.run import Run
 
@@ -127,10 +127,8 @@ def train_step(run: Run, batches: Sequence[Batch], *, lr: float, said: Said = Sa
     targets, loss, tally = make_gradients(run, batches)
     rows = gather_rows(torch.cat([torch.stack([square_sum(shards), loss.double()]), said.on(mesh.world.device)]), mesh.world.size)
     norm, total_loss = rows[:, 0].sum().sqrt(), rows[:, 1].sum()
-    if max_norm:
-        clip(shards, norm, max_norm)
     skip = ~torch.isfinite(norm + total_loss)
-    run.optimizer.step(lr, found_inf=skip.float())
+    run.optimizer.step(lr, found_inf=skip.float(), scale=clip_factor(norm, max_norm) if max_norm else None)
     torch.autograd.graph.increment_version([shard.local for shard in shards])  # fused kernels do not say that they have written
     for number, name in enumerate(run.router_sizes):
         if name in run.routers:

@@ -17,7 +17,7 @@ from paraxis.base.errors import ConfigError
 from paraxis.base.layout import Box, Placed, parse_layout, whole_box
 from paraxis.base.seams import Batch, Rows
 from paraxis.base.strategy import ParallelConfig
-from paraxis.optim.build import Optimizer
+from paraxis.optim.build import Optimizer, scale_gradients
 from paraxis.parallel.world import World
 from paraxis.train.config import RunConfig
 from paraxis.train.run import Run, assemble
@@ -82,16 +82,18 @@ def with_layout(config: RunConfig, layout: str) -> RunConfig:
 
 
 class Recorder:
-    """Stands in the optimizer's place: keeps the gradients that reach it, then has the optimizer act on them, or not."""
+    """Stands in the optimizer's place: keeps the gradients that reach it, scaled, then has the optimizer act on them, or not."""
 
     def __init__(self, run: Run, acts: bool) -> None:
         self._run, self._acts = run, acts
         self.gradients: list[Part] = []
 
-    def step(self, lr: float, found_inf: Tensor | None = None) -> None:
+    def step(self, lr: float, found_inf: Tensor | None = None, scale: Tensor | None = None) -> None:
         self.gradients = [part_of(shard.placed, shard.local.grad) for shard in self._run.shards if shard.local.grad is not None]
+        if scale is not None and self.gradients:
+            scale_gradients([part.tensor for part in self.gradients], scale.cpu())
         if self._acts:
-            self._run.optimizer.step(lr, found_inf)
+            self._run.optimizer.step(lr, found_inf, scale)
 
 
 def take_step(run: Run, batches: Sequence[Batch], *, clip_norm: float, acts: bool) -> tuple[StepReport, list[Part]]:

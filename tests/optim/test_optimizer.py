@@ -1,7 +1,10 @@
 """Our AdamW and SGD are torch's, can be skipped on the device, and continue from their state."""
 
+import os
 import subprocess
 import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,15 +31,17 @@ def device() -> Device:
 
 def some_parameters(device: Device, dtype=torch.float32) -> dict[str, nn.Parameter]:
     random = torch.Generator().manual_seed(0)
-    shapes = {"q.weight": (7, 5), "norm.weight": (5,), "empty.weight": (0, 5), "up.weight": (33, 5)}
-    return {name: nn.Parameter(torch.randn(shape, generator=random, dtype=dtype).to(device.torch)) for name, shape in shapes.items()}
+    shapes = {"q.weight": (7, 5), "norm.weight": (5,), "empty.weight": (0, 5), "up.weight": (33, 5), "down.weight": (821, 5)}
+    values = {name: torch.randn(shape, generator=random, dtype=dtype).to(device.torch) for name, shape in shapes.items()}
+    values["turned.weight"] = torch.randn(9, 5, generator=random, dtype=dtype).to(device.torch).t()
+    return {name: nn.Parameter(value) for name, value in values.items()}
 
 
 def give_gradients(parameters: dict[str, nn.Parameter], step: int, value: float | None = None) -> None:
     random = torch.Generator().manual_seed(100 + step)
     for parameter in parameters.values():
-        grad = torch.randn(parameter.shape, generator=random, dtype=parameter.dtype).to(parameter.device)
-        parameter.grad = grad if value is None else torch.full_like(grad, value)
+        grad = torch.randn(parameter.shape, generator=random, dtype=parameter.dtype)
+        parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(grad if value is None else torch.full_like(grad, value))
 
 
 def built(parameters: dict[str, nn.Parameter], config: OptimConfig, device: Device) -> Optimizer:
@@ -44,13 +49,13 @@ def built(parameters: dict[str, nn.Parameter], config: OptimConfig, device: Devi
     return build_optimizer(parameters, shapes, config, device)
 
 
-def torchs(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+def torchs(parameters: dict[str, nn.Parameter], config: OptimConfig, **how: bool) -> torch.optim.Optimizer:
     norm = [parameter for name, parameter in parameters.items() if "norm" in name]
     rest = [parameter for name, parameter in parameters.items() if "norm" not in name]
     groups = [{"params": rest, "weight_decay": 0.1}, {"params": norm, "weight_decay": 0.0}]
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
-    return torch.optim.SGD(groups, momentum=config.momentum, foreach=False)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, **how)
+    return torch.optim.SGD(groups, momentum=config.momentum, **how)
 
 
 def everything(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -66,11 +71,9 @@ def assert_bitwise(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor
         assert torch.equal(tensor, theirs[name]), name
 
 
-@every_optimizer
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["fp32", "fp64"])
-def test_steps_are_those_of_torchs_plain_optimizer(device, config, dtype, tolerance):
+def assert_steps_are_torchs(device: Device, config: OptimConfig, dtype: torch.dtype, tolerance: float, **how: bool) -> None:
     ours, theirs = some_parameters(device, dtype), some_parameters(device, dtype)
-    optimizer, judge = built(ours, config, device), torchs(theirs, config)
+    optimizer, judge = built(ours, config, device), torchs(theirs, config, **how)
     for step, rate in enumerate(RATES):
         give_gradients(ours, step)
         give_gradients(theirs, step)
@@ -84,6 +87,34 @@ def test_steps_are_those_of_torchs_plain_optimizer(device, config, dtype, tolera
         for state, named in optimizer.state().items():
             if parameter.numel():
                 torch.testing.assert_close(named[name], judge.state[theirs[name]][state], rtol=tolerance, atol=tolerance)
+
+
+@every_optimizer
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=["fp32", "fp64"])
+def test_steps_are_those_of_torchs_plain_optimizer(device, config, dtype, tolerance):
+    assert_steps_are_torchs(device, config, dtype, tolerance, foreach=False)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-7), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_steps_of_adamw_round_like_those_of_torchs_fused_optimizer(device, dtype, tolerance):
+    assert_steps_are_torchs(device, CONFIGS["adamw"], dtype, tolerance, fused=True)
+
+
+@every_optimizer
+def test_scaled_gradients_step_bitwise_like_those_multiplied_before(device, config):
+    results = []
+    for before in (False, True):
+        parameters = some_parameters(device)
+        optimizer = built(parameters, config, device)
+        for step in range(3):
+            give_gradients(parameters, step)
+            scale = torch.tensor(0.3 + step, dtype=torch.float64, device=device.torch)
+            if before:
+                for parameter in parameters.values():
+                    parameter.grad.mul_(scale)
+            optimizer.step(1e-2, scale=None if before else scale)
+        results.append(everything(parameters, optimizer))
+    assert_bitwise(*results)
 
 
 @every_optimizer
@@ -167,25 +198,96 @@ def test_parameters_of_two_dtypes_are_stepped_side_by_side(device):
     assert (parameters["high.weight"] < 1).all()
 
 
+def hold_of_adamw_at_once(device: Device, tolerances: dict[torch.dtype, float]) -> None:
+    """The claims above where one kernel does all of AdamW, and that it leaves gradients as they are, wherever they lie."""
+    config = CONFIGS["adamw"]
+    test_steps_are_those_of_torchs_plain_optimizer(device, config, torch.float32, 1e-6)
+    for dtype, tolerance in tolerances.items():
+        test_steps_of_adamw_round_like_those_of_torchs_fused_optimizer(device, dtype, tolerance)
+    test_scaled_gradients_step_bitwise_like_those_multiplied_before(device, config)
+    for value in (None, float("nan"), float("inf")):
+        test_a_skipped_step_leaves_everything_bitwise_as_it_was(device, config, value)
+    test_training_after_a_skipped_step_is_bitwise_training_without_it(device, config)
+    test_an_optimizer_with_loaded_state_continues_bitwise(device, config)
+    test_a_rank_that_stores_nothing_counts_updates_like_the_others(device)
+    test_parameters_of_two_dtypes_are_stepped_side_by_side(device)
+    assert_steps_follow_the_cpus(device, config)
+    assert_gradients_are_only_read(device, config)
+
+
+def assert_steps_follow_the_cpus(device: Device, config: OptimConfig) -> None:
+    results = []
+    for on in (device, CPU):
+        parameters = some_parameters(on)
+        optimizer = built(parameters, config, on)
+        for step, rate in enumerate(RATES):
+            give_gradients(parameters, step)
+            found_inf = torch.full((), float(step == 1), device=on.torch)
+            optimizer.step(rate, found_inf, scale=torch.tensor(0.7, dtype=torch.float64, device=on.torch))
+        results.append({name: tensor.cpu() for name, tensor in everything(parameters, optimizer).items()})
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def assert_gradients_are_only_read(device: Device, config: OptimConfig) -> None:
+    results = []
+    for turned in (False, True):
+        parameters = {name: parameter for name, parameter in some_parameters(device).items() if name != "turned.weight"}
+        optimizer = built(parameters, config, device)
+        give_gradients(parameters, 0)
+        for parameter in parameters.values():
+            parameter.grad = parameter.grad.t().contiguous().t() if turned else parameter.grad
+        before = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+        optimizer.step(1e-2, scale=torch.tensor(0.3, device=device.torch))
+        assert_bitwise({name: parameter.grad for name, parameter in parameters.items()}, before)
+        results.append(everything(parameters, optimizer))
+    assert_bitwise(*results)
+
+
+@dataclass(frozen=True)
+class Interpreted(Device):
+    """A GPU as far as choices go, whose tensors are the host's: Triton's interpreter runs kernels on them."""
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def hold_in_tritons_interpreter() -> None:
+    """It rounds between a product and a sum, where a GPU does not, and cuts fp32 off where bf16 ends."""
+    hold_of_adamw_at_once(Interpreted("cuda", 0, "", 0), {torch.float32: 2e-6, torch.bfloat16: 3e-2})
+
+
+def run_alone(claims: str, **variables: str) -> None:
+    code = f"from tests.optim.test_optimizer import {claims}; {claims}()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=os.environ | variables, check=True, timeout=300)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter runs the kernel")
+def test_adamw_at_once_holds_in_tritons_interpreter():
+    run_alone("hold_in_tritons_interpreter", TRITON_INTERPRET="1")
+
+
 def hold_on_cuda() -> None:
     """The claims above, and that no step waits for the device."""
     device = Device("cuda", 0, "", 0)
+    hold_of_adamw_at_once(device, {torch.float32: 3e-7, torch.bfloat16: 1e-2})
     for config in CONFIGS.values():
         test_steps_are_those_of_torchs_plain_optimizer(device, config, torch.float32, 1e-6)
         test_steps_are_those_of_torchs_plain_optimizer(device, config, torch.float64, 1e-14)
+        test_scaled_gradients_step_bitwise_like_those_multiplied_before(device, config)
         test_a_skipped_step_leaves_everything_bitwise_as_it_was(device, config, float("nan"))
         test_training_after_a_skipped_step_is_bitwise_training_without_it(device, config)
         test_an_optimizer_with_loaded_state_continues_bitwise(device, config)
         parameters = some_parameters(device)
         optimizer = built(parameters, config, device)
         give_gradients(parameters, 0)
-        found_inf = torch.ones((), device=device.torch)
+        found_inf, scale = (torch.ones((), device=device.torch) for _ in range(2))
         torch.cuda.set_sync_debug_mode("error")
-        optimizer.step(1e-2, found_inf)
+        optimizer.step(1e-2, found_inf, scale)
+        optimizer.step(1e-2)
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
 def test_all_of_this_holds_on_cuda():
-    code = "from tests.optim.test_optimizer import hold_on_cuda; hold_on_cuda()"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=300)
+    run_alone("hold_on_cuda")

@@ -144,7 +144,7 @@ def sharded(name: str, plan: Plan) -> dict[str, torch.Tensor]:
     lines = build_lines(mesh, schedule, ends_talk=False)
     modules = {stage: Stage(stage, schedule.stages) for stage, holder in enumerate(schedule.rank_of) if holder == mesh.at["pp"]}
     for module in modules.values():
-        shard_parameters(module, [], mesh, PRECISIONS["fp64"], True, {})
+        shard_parameters(module, [], [], mesh, PRECISIONS["fp64"], {}, True, False)
     pipeline = Pipeline(modules, schedule, lines, torch.device("cpu"))
     own = [batch(2 * number + mesh.at["fsdp"]) for number in range(plan.micro_batches)]
     for _ in range(2):

@@ -98,27 +98,29 @@ def test_a_traced_step_has_the_models_products_and_attention(apart: Callable[...
     assert counted - attention == pytest.approx(config.model.flops_per_token(1024) * 1024, rel=0.01)
 
 
-def test_fsdp_gathers_and_reduces_every_parameter_as_it_really_does(apart: Callable[..., Any]):
+@pytest.mark.parametrize(("travel", "exchange", "itemsize"), [("auto", "all_to_all", 2), ("reduced", "reduce_scatter", 4)])
+def test_fsdp_gathers_and_reduces_every_parameter_as_it_really_does(travel: str, exchange: str, itemsize: int, apart: Callable[..., Any]):
     def traced() -> Trace:
-        return trace_step(config_of({"parallel.fsdp": 4, "model.layers": 3}), 4, 1, H100)
+        return trace_step(config_of({"parallel.fsdp": 4, "parallel.travel": travel, "model.layers": 3}), 4, 1, H100)
 
     trace: Trace = apart(traced)
     with torch.device("meta"):
         model = config_of({"model.layers": 3}).model.build()
     parameters = sum(p.numel() for p in model.parameters())
     blocks = sum(p.numel() for block in model.blocks() for p in block.parameters())
-    moved = {"all_gather": 0, "reduce_scatter": 0}
+    kinds = {"all_gather": "all_gather", "reduce_scatter": exchange}
+    moved = dict.fromkeys(kinds, 0)
     for operator in trace.operators:
-        if operator.lane in moved and operator.exchange == operator.lane:
+        if operator.lane in kinds and operator.exchange == kinds[operator.lane]:
             assert operator.group == (0, 1, 2, 3)
             moved[operator.lane] += operator.bytes
     assert moved["all_gather"] == pytest.approx(2 * (parameters + blocks), rel=0.01)  # bf16; blocks forward and backward
     copied = sum(bytes for operator in trace.operators if operator.name == GATHERED for _, bytes in operator.writes)
     assert copied == pytest.approx(moved["all_gather"] / 4, rel=0.01)  # each rank's own part into its place
-    assert moved["reduce_scatter"] == pytest.approx(4 * parameters, rel=0.01)  # fp32
+    assert moved["reduce_scatter"] == pytest.approx(itemsize * parameters, rel=0.01)
     begun = [operator.lane for operator in trace.operators if operator.sort == "begin"]
-    assert begun.count("all_gather") == 1 + 2 * 3
-    assert begun.count("reduce_scatter") == 1 + 3
+    assert begun.count("all_gather") == 2 + 2 * 3  # what is beside the blocks, and the head, once
+    assert begun.count("reduce_scatter") == 2 + 3
 
 
 RUNS: dict[str, tuple[int, dict[str, object]]] = {

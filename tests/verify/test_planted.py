@@ -70,8 +70,9 @@ def averages(right):
     return wrong
 
 
-def own_norm(right):
-    return lambda shards, norm, max_norm: right(shards, step.square_sum(shards).sqrt(), max_norm)
+def norm_of_ones_own(right):
+    """The first rank takes the norm for half of what the others do."""
+    return lambda norm, max_norm: right(norm / 2 if dist.get_rank() == 0 else norm, max_norm)
 
 
 def copies_counted(right):
@@ -135,7 +136,7 @@ BUGS = {
     "never divided by the count of targets": Bug("fsdp2", step, "count_targets", no_count, "all gradients, by a factor of "),
     "a mean of means": Bug("dp2", step, "count_targets", own_count, "all gradients, "),
     "gradients averaged over ranks": Bug("fsdp2", apply, "shard_parameters", averages, "all gradients, by a factor of 0.5"),
-    "clipped by the rank's own norm": Bug("fsdp2", step, "clip", own_norm, "all clipped gradients, "),
+    "clipped by a norm of the rank's own": Bug("fsdp2", step, "clip_factor", norm_of_ones_own, "all clipped gradients, "),
     "copies counted in the norm": Bug("dp2", step, "square_sum", copies_counted, "gradient norm, by a factor of 1.414"),
     "only the last micro-batch's gradient": Bug("dp2", passes.Accumulation, "forward_backward", last_only, "all gradients, "),
     "norm weights not summed over tp": Bug("tp2", step, "sum_copies", nothing, "norm.weight"),
