@@ -11,14 +11,13 @@ from pathlib import Path
 
 from paraxis.base.axes import Degrees
 from paraxis.base.config import Setting, describe, flatten, redact, suggestion, to_toml
-from paraxis.base.env import Environment, cores, count_gpus_without_cuda, read_environment, worker_threads
+from paraxis.base.env import Environment, count_gpus_without_cuda, read_environment, worker_threads
 from paraxis.base.errors import ConfigError
 from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
 from paraxis.cli.end_of_run import show_end
 from paraxis.cli.output import show
 from paraxis.resilience.launch import launch
 
-CPU_SHARDS = 2  # what fsdp=-1 means without GPUs: more processes help no laptop
 OPTIONS = ("layout", "ranks", "run-dir", "resume", "cluster")
 FLAGS = ("print-config", "debug", "help")
 RESUME = ("auto", "never", "must")
@@ -34,7 +33,7 @@ Alone, the command starts its own workers; under torchrun or Slurm's srun it is 
   --cluster FILE   with --parallel.auto=true: what the planner chooses a layout for (default: cluster.toml, where paraxis
                    probe has written one here, else the ready file of this machine's GPUs)
   --ranks N        workers to start (default: as many as the parallel degrees need; with parallel.fsdp=-1
-                   every GPU of this machine, or two CPU processes for the shards)
+                   every GPU of this machine, or one process that computes with all cores)
   --run-dir DIR    where the run is kept (default: runs/NAME)
   --resume WHEN    auto: continue if the folder holds a checkpoint (default); must: continue or refuse;
                    never: refuse a folder that holds one
@@ -158,7 +157,8 @@ def choose_ranks(requested: str | None, degrees: Degrees, env: Environment) -> i
         return env.world_size
     devices = visible_devices()
     if ranks is None:
-        ranks = devices or replace(degrees, fsdp=min(cores(), CPU_SHARDS)).ranks if degrees.fsdp == -1 else degrees.ranks
+        # Without GPUs one process computes with all cores, which is faster than several that share parameters out.
+        ranks = devices or replace(degrees, fsdp=1).ranks if degrees.fsdp == -1 else degrees.ranks
     if devices and ranks > devices:
         raise ConfigError(
             f"{ranks} ranks need as many GPUs, but this machine shows {devices}; lower --ranks or the parallel degrees, "

@@ -51,6 +51,26 @@ def logit_gradient(logits_nv: Tensor, targets_n: Tensor, lse_n: Tensor, first: i
     return gradient_nv.scatter_(1, column_n1, target_n1.to(logits_nv.dtype))
 
 
+def exponentiate_(z_nv: Tensor, targets_n: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`vocabulary_statistics` of logits of at least fp32, and the largest of each token's, [n].
+
+    In place of the logits are then the exponentials of what they are above the largest: for `softmax_gradient_`, which so needs none.
+    """
+    inside_n, column_n1 = _columns(targets_n, first, z_nv.shape[1])
+    picked_n = torch.where(inside_n, z_nv.gather(1, column_n1).squeeze(1), 0)
+    largest_n = z_nv.amax(1)
+    total_n = z_nv.sub_(largest_n[:, None]).exp_().sum(1)
+    return total_n.log() + largest_n, picked_n, largest_n
+
+
+def softmax_gradient_(e_nv: Tensor, targets_n: Tensor, lse_n: Tensor, largest_n: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    """`logit_gradient` in `dtype`, from the exponentials that `exponentiate_` has left, which are written over."""
+    inside_n, column_n1 = _columns(targets_n, first, e_nv.shape[1])
+    scale_n1 = ((largest_n - lse_n).exp() * (targets_n != IGNORE))[:, None]
+    target_n1 = e_nv.gather(1, column_n1) * scale_n1 - inside_n[:, None].to(e_nv.dtype)
+    return e_nv.mul_(scale_n1).to(dtype).scatter_(1, column_n1, target_n1.to(dtype))
+
+
 def chunked_head_loss(
     x_btm: Tensor,
     weight_vm: Tensor,
@@ -64,9 +84,9 @@ def chunked_head_loss(
     """The summed loss, a scalar of at least fp32, holding the logits of `chunk_tokens` tokens at a time.
 
     Gradients are made during forward, while a chunk's logits are there, so that they are computed only once.
-    With `compiled` the work between matrix products is fused into two kernels. For a rank that holds the vocabulary's
-    entries from `first` on, `merge` turns its (logsumexp, target logit) into those of all ranks; its gradient of x is then
-    its own part of a sum over ranks.
+    With `compiled` the work between matrix products is fused into two kernels; without, it is in place, with one exponential an entry.
+    For a rank that holds the vocabulary's entries from `first` on, `merge` turns its (logsumexp, target logit) into those of all ranks;
+    its gradient of x is then its own part of a sum over ranks.
     """
     x_nm, targets_n = x_btm.flatten(0, -2), targets_bt.flatten()
     return _ChunkedHeadLoss.apply(x_nm, weight_vm, targets_n, chunk_tokens, compiled, first, merge, torch.is_grad_enabled())
@@ -75,7 +95,6 @@ def chunked_head_loss(
 class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_nm, weight_vm, targets_n, chunk_tokens, compiled, first, merge, grad_enabled):
-        statistics, gradient = _compiled() if compiled else (vocabulary_statistics, logit_gradient)
         wants_x, wants_weight = (grad_enabled and wanted for wanted in ctx.needs_input_grad[:2])
         accumulate = torch.promote_types(x_nm.dtype, torch.float32)
         loss = x_nm.new_zeros((), dtype=accumulate)
@@ -84,13 +103,20 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         for start in range(0, x_nm.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             x, targets = x_nm[chunk], targets_n[chunk]
-            logits = x @ weight_vm.t()
-            lse, picked = statistics(logits, targets, first)
+            logits, largest = x @ weight_vm.t(), None
+            if compiled:
+                lse, picked = _compiled()[0](logits, targets, first)
+            else:
+                logits = at_least_fp32(logits)
+                lse, picked, largest = exponentiate_(logits, targets, first)
             if merge is not None:
                 lse, picked = merge(lse, picked)
             loss += torch.where(targets != IGNORE, lse - picked, 0).sum()
             if wants_x or wants_weight:
-                logits = gradient(logits, targets, lse, first)
+                if largest is None:
+                    logits = _compiled()[1](logits, targets, lse, first)
+                else:
+                    logits = softmax_gradient_(logits, targets, lse, largest, first, weight_vm.dtype)
             if grad_x is not None:
                 torch.mm(logits, weight_vm, out=grad_x[chunk])
             if grad_weight is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from paraxis.base.config import to_toml
-from paraxis.base.env import Environment, allow_deterministic_kernels, prefer_expandable_segments, read_environment
+from paraxis.base.env import Environment, allow_deterministic_kernels, keep_freed_memory, prefer_expandable_segments, read_environment
 from paraxis.base.errors import ParaxisError, Preempted, StorageError, TrainingError
 from paraxis.checkpoint.place import checkpoints_of
 from paraxis.data.open import Live
@@ -49,6 +49,8 @@ def run_worker(config: RunConfig, *, base: str, run_dir: Path, resume: str) -> N
     world: World | None = None
     try:
         world = join(environment)
+        if not world.device.is_cuda:
+            keep_freed_memory()
         _choose_who_logs(world)
         folder = RunFolder(run_dir)
         with folder.hold() if world.first else nullcontext():

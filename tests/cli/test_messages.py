@@ -101,8 +101,8 @@ def test_arguments_are_names_options_flags_and_settings():
     ("requested", "degrees", "devices", "ranks"),
     [
         (None, Degrees(), 0, 1),
-        (None, Degrees(fsdp=-1), 0, 2),
-        (None, Degrees(fsdp=-1, tp=2), 0, 4),
+        (None, Degrees(fsdp=-1), 0, 1),
+        (None, Degrees(fsdp=-1, tp=2), 0, 2),
         (None, Degrees(fsdp=-1, tp=2), 8, 8),
         (None, Degrees(fsdp=2, tp=2), 0, 4),
         (None, Degrees(fsdp=2, tp=2), 8, 4),
@@ -114,7 +114,6 @@ def test_how_many_ranks_are_started(
     requested: str | None, degrees: Degrees, devices: int, ranks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr("paraxis.parallel.world.visible_devices", lambda: devices)
-    monkeypatch.setattr("paraxis.cli.train.cores", lambda: 8)
     assert choose_ranks(requested, degrees, Environment(cache_dir=tmp_path)) == ranks
 
 

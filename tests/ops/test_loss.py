@@ -5,7 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paraxis.base.seams import IGNORE
-from paraxis.ops.loss import chunked_head_loss, logit_gradient, reference_head_loss, vocabulary_statistics
+from paraxis.ops.loss import (
+    chunked_head_loss,
+    exponentiate_,
+    logit_gradient,
+    reference_head_loss,
+    softmax_gradient_,
+    vocabulary_statistics,
+)
 
 
 def inputs(dtype=torch.float64, rows=3, length=7, width=16, vocabulary=50, device="cpu"):
@@ -114,11 +121,18 @@ def test_two_halves_of_the_vocabulary_merge_into_the_whole_loss():
     assert error([grad_x], [expected[1]]) < 1e-12
 
 
-def test_a_likely_target_keeps_its_small_gradient_in_bf16():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_likely_target_keeps_its_small_gradient_in_bf16(in_place: bool):
     logits = torch.tensor([[8.0, 0.0, 0.0]], dtype=torch.bfloat16)
     target = torch.tensor([0])
-    lse, _ = vocabulary_statistics(logits, target, 0)
-    gradient = logit_gradient(logits, target, lse, 0)
+    if in_place:
+        wide = logits.float()
+        lse, _, largest = exponentiate_(wide, target, 0)
+        gradient = softmax_gradient_(wide, target, lse, largest, 0, logits.dtype)
+    else:
+        lse, _ = vocabulary_statistics(logits, target, 0)
+        gradient = logit_gradient(logits, target, lse, 0)
+    assert gradient.dtype == torch.bfloat16
     assert gradient[0, 0].item() == pytest.approx(-2 * 2.718281828**-8, rel=1e-2)
 
 

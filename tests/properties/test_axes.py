@@ -247,9 +247,9 @@ def gathers_of_a_step(config: RunConfig, rows: MadeRows) -> int:
     return gathers.count
 
 
-@pytest.mark.parametrize(("schedule", "ends"), [("1f1b", [1, 1, 1, 1]), ("zbv", [2, 2, 0, 0])])
+@pytest.mark.parametrize(("schedule", "ends"), [("1f1b", [1, 1, 2, 2]), ("zbv", [3, 3, 0, 0])])
 def test_a_pipeline_gathers_parameters_once_a_step_where_they_fit_and_else_for_each_pass_of_a_micro_batch(schedule, ends):
-    """`ends`: how many of the first and the last stage each rank has; their embedding, or norm and head, is gathered beside the blocks."""
+    """`ends`: what each rank gathers beside blocks: of the first stage the embedding, of the last the norm and, by itself, the head."""
     config = with_layout(Line("dense", "").config, f"pp2.{schedule}xfsdp2")
     blocks, micro_batches = MODELS["dense"].layers // 2, ROWS_A_STEP // 2
     rows = MadeRows(VOCAB, SEQ_LEN)
