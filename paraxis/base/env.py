@@ -73,9 +73,13 @@ def worker_variables(rank: int, ranks: int, store_path: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": _LOOPBACK,
         "NCCL_SOCKET_IFNAME": _LOOPBACK,
     }
+    return share_cores(variables, ranks)
+
+
+def share_cores(variables: dict[str, str], ranks: int) -> dict[str, str]:
+    """The same variables, with as many threads for each of `ranks` processes as share out the cores; the person's own number stays."""
     # Without a limit every rank starts a thread on every core.
-    variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
-    return variables
+    return {"OMP_NUM_THREADS": str(max(1, cores() // ranks)), **variables}
 
 
 def stay_forkable() -> None:

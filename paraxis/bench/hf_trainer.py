@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from paraxis.base.axes import Degrees
-from paraxis.base.env import cores, peer_variables, read_environment
+from paraxis.base.env import peer_variables, read_environment, share_cores
 from paraxis.base.errors import ConfigError, ParaxisError
 from paraxis.bench.machine import Machine
 from paraxis.bench.program import reason, run_program
@@ -121,9 +121,9 @@ class HfTrainer:
     def variables(self) -> dict[str, str]:
         """The environment of the process: nothing is asked of the network, and it has as many threads as ours."""
         variables = {**peer_variables(None), "HF_HUB_OFFLINE": "1"}
-        if self.ranks > 1:  # one by itself has torch's own number, as ours has
-            variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.ranks)))
-        elif self.devices > 1:  # one process that sees many GPUs would spread every batch over them
+        if self.ranks > 1:  # one by itself has torch's own number of threads, as ours has
+            return share_cores(variables, self.ranks)
+        if self.devices > 1:  # one process that sees many GPUs would spread every batch over them
             variables["CUDA_VISIBLE_DEVICES"] = variables.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
         return variables
 
