@@ -16,6 +16,7 @@ from paraxis.train.check import check
 ORDER = ("remat.mode", "parallel.reshard", "train.micro_batch", "parallel.schedule", *(f"parallel.{axis}" for axis in DEGREES))
 MOST_DOUBLINGS = 8  # of the devices, looking for enough
 FASTEST = 200  # options among which the one that changes least is taken
+MOST_TRACED = 3  # of them, where a trace says that the one before does not fit after all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +101,12 @@ def _fitting(space: Space, cluster: Cluster, search: Search, ratio: float) -> Op
     fitting = sorted(
         (one for one in smallest if sum(costs.memory(one).values()) * ratio <= costs.usable), key=lambda one: costs.least_s(one) / one.rows
     )
-    if not fitting:
-        return None
-    option = other.estimate(min(fitting[:FASTEST], key=lambda one: _distance(one, space)))
-    told = next(iter(trace_all([option], cluster, space.ranks, search.left_s())), option)
-    return told if other.accepts(told) and (told.fits or told.source == "simulated") else None
+    nearest = sorted(fitting[:FASTEST], key=lambda one: _distance(one, space))
+    for option in map(other.estimate, nearest[:MOST_TRACED]):
+        told = next(iter(trace_all([option], cluster, space.ranks, search.left_s())), option)
+        if other.accepts(told) and (told.fits or told.source == "simulated"):
+            return told
+    return None
 
 
 def _distance(candidate: Candidate, space: Space) -> int:
