@@ -28,6 +28,7 @@ PRECISIONS = {
     "fp64": Precision("fp64", torch.float64, torch.float64, torch.float64),
     "fp32": Precision("fp32", torch.float32, torch.float32, torch.float32),
     "bf16": Precision("bf16", torch.bfloat16, torch.float32, torch.float32),
+    "bf16_weights": Precision("bf16_weights", torch.bfloat16, torch.float32, torch.bfloat16),
     "float8_tensorwise": Precision("float8_tensorwise", torch.bfloat16, torch.float32, torch.float32, "tensorwise"),
     "float8_rowwise": Precision("float8_rowwise", torch.bfloat16, torch.float32, torch.float32, "rowwise"),
     "float8_blockwise": Precision("float8_blockwise", torch.bfloat16, torch.float32, torch.float32, "blockwise"),

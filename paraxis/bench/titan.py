@@ -244,5 +244,5 @@ def precision_of(settings: Mapping[str, Any], log: str) -> str:
     weights = str(settings.get("training.dtype", "float32"))
     compute = str(settings.get("training.mixed_precision_param", "bfloat16"))
     if weights == "bfloat16":
-        return "bf16 weights"
+        return "bf16_weights"
     return "bf16" if compute == "bfloat16" and _UNMIXED not in log else "fp32"

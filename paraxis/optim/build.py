@@ -3,7 +3,8 @@
 The kernels are the ones behind `torch.optim.AdamW(fused=True)` and `torch.optim.SGD(fused=True)`; they exist for CPU and
 CUDA and for every floating dtype. They are called directly, and only here, because the state then belongs to us: named,
 complete from the first step on, and with one update count for all parameters. tests/optim holds them to `torch.optim`.
-They take no scale for gradients, so clipping costs another pass over these; where `ops/adamw.py` can do all in one pass, it does.
+They take no scale for gradients, so clipping costs another pass over these; where `ops/adamw.py` can do all in one pass, it does. What
+is stored in bf16 is always stepped there: rounded to nearest, it would lose most updates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from paraxis.base.device import Device
-from paraxis.ops.adamw import can_step, step_adamw
+from paraxis.base.layout import Box, whole_box
+from paraxis.ops.adamw import has_kernel, step_adamw
+from paraxis.ops.rounding import Place, place_of
 from paraxis.optim.config import OptimConfig
 from paraxis.optim.groups import group_names
 
@@ -26,6 +29,7 @@ class _Group:
     weight_decay: float
     parameters: list[Tensor]
     state: dict[str, list[Tensor]]
+    places: list[Place]
 
     @property
     def grads(self) -> list[Tensor]:
@@ -44,14 +48,22 @@ class Optimizer:
     """Steps every parameter by the rule that `config.name` names, and holds all that must be remembered between steps."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, Sequence[str]], config: OptimConfig, device: Device
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        places: Mapping[str, Place],
+        groups: Mapping[str, Sequence[str]],
+        config: OptimConfig,
+        device: Device,
     ) -> None:
         self._config = config
         # How many updates were applied. It lives on the device so that skipping needs no host; fp32, which the kernels
         # read, counts exactly to 2**24.
         self._updates = torch.zeros((), dtype=torch.float32, device=device.torch)
         self._state = {
-            state: {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in parameters.items()}
+            state: {
+                name: torch.zeros_like(parameter, requires_grad=False, dtype=state_dtype(config, parameter.dtype))
+                for name, parameter in parameters.items()
+            }
             for state in state_names(config)
         }
         self._groups: list[_Group] = []
@@ -64,7 +76,8 @@ class Optimizer:
             weight_decay = config.weight_decay if group == "decay" else 0.0
             for (rule, _), members in alike.items():
                 state = {name: [tensors[member] for member in members] for name, tensors in self._state.items()}
-                self._groups.append(_Group(rule, weight_decay, [parameters[name] for name in members], state))
+                own: list[Tensor] = [parameters[name] for name in members]
+                self._groups.append(_Group(rule, weight_decay, own, state, [places[name] for name in members]))
 
     @torch.no_grad()
     def step(self, lr: float, found_inf: Tensor | None = None, scale: Tensor | None = None) -> None:
@@ -94,10 +107,20 @@ class Optimizer:
 
 
 def state_names(config: OptimConfig) -> tuple[str, ...]:
-    """What the optimizer keeps of each parameter, in its shape and dtype."""
+    """What the optimizer keeps of each parameter, in its shape."""
     if config.name == "adamw":
         return ("exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if config.momentum else ()
+
+
+def state_dtype(config: OptimConfig, stored: torch.dtype) -> torch.dtype:
+    """What that is kept in, for a parameter that is stored in `stored`."""
+    return torch.bfloat16 if config.state == "bf16" else stored
+
+
+def state_bytes(config: OptimConfig, stored: torch.dtype) -> int:
+    """Bytes of all of that for one entry of a parameter."""
+    return len(state_names(config)) * state_dtype(config, stored).itemsize
 
 
 def scale_gradients(gradients: Sequence[Tensor], scale: Tensor) -> None:
@@ -132,10 +155,12 @@ def _adamw(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found
 
 
 def _adamw_at_once(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_inf: Tensor | None, scale: Tensor | None) -> None:
-    """`_adamw`, reading gradients once and not writing them."""
+    """`_adamw`, reading gradients once and not writing them; what is stored in bf16 is rounded stochastically."""
     means, mean_squares = group.state["exp_avg"], group.state["exp_avg_sq"]
+    places = [number for place in group.places for number in place]
     constants = (lr, *config.betas, config.eps, group.weight_decay)
-    step_adamw(group.parameters, group.grads, means, mean_squares, updates, scale, found_inf, *constants)
+    kernel = group.rule == BY_KERNEL
+    step_adamw(group.parameters, group.grads, means, mean_squares, places, kernel, updates, scale, found_inf, *constants)
 
 
 def _sgd(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_inf: Tensor | None, scale: Tensor | None) -> None:
@@ -160,20 +185,33 @@ def _sgd(group: _Group, config: OptimConfig, lr: float, updates: Tensor, found_i
     )
 
 
-_UPDATE = {"adamw": _adamw, "adamw at once": _adamw_at_once, "sgd": _sgd}
+BY_KERNEL, BY_OPERATORS = "adamw at once, by a kernel", "adamw at once, by operators"
+_UPDATE = {"adamw": _adamw, BY_KERNEL: _adamw_at_once, BY_OPERATORS: _adamw_at_once, "sgd": _sgd}
 
 
 def _rule(parameter: Tensor, config: OptimConfig, device: Device) -> str:
     """Which of `_UPDATE` steps a parameter."""
-    return "adamw at once" if config.name == "adamw" and can_step(parameter, device) else config.name
+    if config.name == "adamw" and has_kernel(parameter, device):
+        return BY_KERNEL
+    return BY_OPERATORS if config.name == "adamw" and state_dtype(config, parameter.dtype) == torch.bfloat16 else config.name
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], global_shapes: Mapping[str, Sequence[int]], config: OptimConfig, device: Device
+    parameters: Mapping[str, nn.Parameter],
+    global_shapes: Mapping[str, Sequence[int]],
+    config: OptimConfig,
+    device: Device,
+    boxes: Mapping[str, Box] | None = None,
+    seed: int = 0,
 ) -> Optimizer:
     """The optimizer that `config` names, over the parts in `parameters` (name -> plain local tensor, possibly empty).
 
-    `global_shapes` has the uncut shape of every parameter of the model, so that groups do not depend on the layout.
+    `global_shapes` has the uncut shape of every parameter of the model, so that groups do not depend on the layout; `boxes` (all of each,
+    where left out) says which part each is, so that rounding does not, of which `seed` decides.
     Raises ConfigError when a pattern of `optim.no_decay` matches no parameter.
     """
-    return Optimizer(parameters, group_names(global_shapes, config), config, device)
+    whole = {name: whole_box(tuple(parameter.shape)) for name, parameter in parameters.items()}
+    places = {
+        name: place_of(name, global_shapes[name] if boxes else box.sizes, box, seed) for name, box in (boxes or whole).items() if box.numel
+    }
+    return Optimizer(parameters, places, group_names(global_shapes, config), config, device)

@@ -12,6 +12,7 @@ NO_DECAY = ("*norm*", "*.bias", "*embed*")
 _READ_BY = {
     "betas": ("name", ("adamw",)),
     "eps": ("name", ("adamw",)),
+    "state": ("name", ("adamw",)),
     "momentum": ("name", ("sgd",)),
     "decay": ("schedule", ("wsd",)),
     "final": ("schedule", ("linear", "cosine", "wsd")),
@@ -32,6 +33,9 @@ class OptimConfig:
     final: Annotated[float, "linear, cosine, wsd: the learning rate at the end, as a fraction of the peak"] = 0.1
     betas: Annotated[tuple[float, ...], "adamw: decay rates of the running means of the gradient and of its square"] = (0.9, 0.95)
     eps: Annotated[float, "adamw: added to the root of the mean square, against division by zero"] = 1e-8
+    state: Annotated[Literal["as_weights", "bf16"], "adamw: what both running means are stored in; bf16 is rounded stochastically"] = (
+        "as_weights"
+    )
     momentum: Annotated[float, "sgd: decay rate of the running sum of gradients; 0 keeps none"] = 0.0
     weight_decay: Annotated[float, "weight decay of the parameters that decay"] = 0.1
     no_decay: Annotated[tuple[str, ...], "name patterns (`*` crosses dots) of parameters that do not decay"] = NO_DECAY

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod, sqrt
 
-from paraxis.optim.build import state_names
+from paraxis.optim.build import state_bytes
 from paraxis.plan.blocks import BlockKind, Multiplied
 from paraxis.plan.candidates import Candidate
 from paraxis.plan.hardware import ExchangeKind
@@ -240,8 +240,8 @@ class Costs(Holdings):
 
     def optimizer_s(self, candidate: Candidate) -> float:
         """Reads gradients twice, for their norm too, and parameters and states once; writes these."""
-        passes = 4 + 2 * len(state_names(self.config.optim))
-        return self.device.moving_s(passes * self.dtypes.master.itemsize * max(self.stored(candidate, r) for r in self.ends_of(candidate)))
+        bytes = 4 * self.dtypes.master.itemsize + 2 * state_bytes(self.config.optim, self.dtypes.master)
+        return self.device.moving_s(bytes * max(self.stored(candidate, r) for r in self.ends_of(candidate)))
 
     def least_s(self, candidate: Candidate) -> float:
         """Less than which `bound_s` never is, at once: the work of all stages, shared out evenly."""

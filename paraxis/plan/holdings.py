@@ -11,7 +11,7 @@ from paraxis.base.dtypes import precision
 from paraxis.base.partition import cut_stages
 from paraxis.base.schedules import SCHEDULES, Plan
 from paraxis.ops.loss import CHUNK_TOKENS
-from paraxis.optim.build import state_names
+from paraxis.optim.build import state_bytes
 from paraxis.plan.blocks import BlockKind, Matrix, Shape, read_shape
 from paraxis.plan.candidates import Candidate
 from paraxis.plan.hardware import Cluster
@@ -127,7 +127,7 @@ class Holdings:
         held = {
             "parameters": stored * master + gathered,
             "gradients": gradients,
-            "optimizer": stored * master * len(state_names(self.config.optim)),
+            "optimizer": stored * state_bytes(self.config.optim, dtypes.master),
             "activations": activations,
             "communication": largest * (compute + reduce) if d.shards * d.dp > 1 else 0.0,
             "other": 2.0 * WORKSPACE_BYTES,

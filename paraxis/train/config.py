@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import torch
+
 from paraxis.base.axes import Degrees
 from paraxis.base.dtypes import Float8Config, float8_recipe, precision
 from paraxis.base.errors import ConfigError
@@ -73,8 +75,8 @@ class RunConfig:
     compile: Annotated[CompileMode, "compile each block: inductor, aot_eager (slow, for tests), none; auto compiles on GPUs"] = "auto"
     precision: Annotated[
         str,
-        "fp64, fp32, bf16 (computes in bf16; keeps weights, gradients and optimizer state in fp32), or bf16 with the blocks' linear layers "
-        "in float8: float8_tensorwise, float8_rowwise, float8_blockwise",
+        "fp64, fp32, bf16 (computes in bf16; keeps weights, gradients and optimizer state in fp32), bf16_weights (keeps those in bf16 too, "
+        "rounded stochastically), or bf16 with the blocks' linear layers in float8: float8_tensorwise, float8_rowwise, float8_blockwise",
     ] = "bf16"
     float8: Float8Config = field(default_factory=Float8Config)
     attention: Annotated[str, "attention kernel: auto, or one by name (reference, sdpa, cudnn, flash, flex)"] = "auto"
@@ -84,7 +86,18 @@ class RunConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
-        float8_recipe(precision(self.precision), self.float8)  # refuses what is unknown, and settings that say nothing
+        dtypes = precision(self.precision)
+        float8_recipe(dtypes, self.float8)  # refuses settings that say nothing
+        if dtypes.master == torch.bfloat16 and self.optim.name != "adamw":
+            raise ConfigError(
+                f"precision={self.precision} keeps weights in bf16, where most updates are lost unless they are rounded stochastically, as "
+                f"optim.name=adamw does and {self.optim.name} does not; use adamw, or precision=bf16"
+            )
+        if dtypes.master == torch.float64 and self.optim.state == "bf16":
+            raise ConfigError(
+                f"optim.state=bf16 has AdamW computed in fp32, but precision={self.precision} keeps weights in fp64; "
+                "use optim.state=as_weights"
+            )
         if self.checkpoint.keep_best and not self.eval.every:
             raise ConfigError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} goes by the held-out loss, which nothing takes; "

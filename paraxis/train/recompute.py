@@ -15,7 +15,7 @@ from paraxis.base.seams import Batch
 from paraxis.base.strategy import Strategy
 from paraxis.observe.throughput import peak_flops
 from paraxis.ops.loss import CHUNK_TOKENS
-from paraxis.optim.build import state_names
+from paraxis.optim.build import state_bytes
 from paraxis.parallel.apply import Keep
 from paraxis.parallel.knapsack import BlockTable, Choice, choices, fill
 from paraxis.parallel.mesh import Mesh
@@ -168,7 +168,7 @@ def held_besides(
     backward = one_pass + 2 * largest * (compute + reduce)
     held = {
         "parameters": stored * master,
-        "optimizer": stored * master * len(state_names(config.optim)),
+        "optimizer": stored * state_bytes(config.optim, dtypes.master),
         "gradients of earlier micro-batches": (computed * reduce if not strategy.reduce_each_micro_batch else stored * master)
         if micro_batches > 1
         else 0,

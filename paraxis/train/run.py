@@ -121,11 +121,14 @@ def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None)
         pipeline = Pipeline(models, stages.schedule, lines, world.device.torch)
         passes = Piped(pipeline, PipelineReduction(strategy.reduce_each_micro_batch, strategy.reshard))
         shards, tied = tie(by_stage, shared, stages.schedule, lines)
+    trained = [shard for shard in shards if not shard.placed.frozen]
     optimizer = build_optimizer(
-        {shard.placed.name: shard.local for shard in shards if not shard.placed.frozen},
+        {shard.placed.name: shard.local for shard in trained},
         {name: tuple(parameter.shape) for name, parameter in whole.named_parameters() if parameter.requires_grad},
         config.optim,
         world.device,
+        {shard.placed.name: shard.placed.stored for shard in trained},
+        config.train.seed,
     )
     routers = {name: layer for model in models.values() for name, layer in routed_layers(model).items()}
     return Run(

@@ -65,7 +65,7 @@ def test_its_layout_is_told_in_our_grammar(settings: dict[str, object], ranks: i
 def test_its_precision_is_what_it_computes_in():
     assert precision_of({}, LOG) == "bf16"
     assert precision_of({}, "... INFO - Mixed precision training is disabled\n") == "fp32"
-    assert precision_of({"training.dtype": "bfloat16"}, "Mixed precision training is disabled") == "bf16 weights"
+    assert precision_of({"training.dtype": "bfloat16"}, "Mixed precision training is disabled") == "bf16_weights"
     assert precision_of({"model.converters": ["quantize.linear.float8"]}, LOG) == "float8"
     assert precision_of({"training.mixed_precision_param": "float32"}, LOG) == "fp32"
 

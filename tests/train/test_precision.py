@@ -97,11 +97,23 @@ def test_every_matrix_product_of_a_step_is_in_the_compute_dtype(layout: str, pre
 
 
 @layouts
-def test_weights_and_optimizer_state_stay_in_fp32_under_bf16(layout: str, world: World):
-    config, rows = tiny(layout)
-    for _, weights, state in world(config.parallel.degrees.ranks, watched_step, config, rows):
-        assert weights == {torch.float32}
-        assert state == {torch.float32}
+@pytest.mark.parametrize(
+    ("precision", "state", "stored", "kept"),
+    [
+        ("bf16", "as_weights", torch.float32, torch.float32),
+        ("bf16", "bf16", torch.float32, torch.bfloat16),
+        ("bf16_weights", "as_weights", torch.bfloat16, torch.bfloat16),
+    ],
+    ids=["bf16", "bf16 state", "bf16 weights"],
+)
+def test_weights_and_optimizer_state_are_stored_as_the_precision_says(
+    layout: str, precision: str, state: Any, stored: torch.dtype, kept: torch.dtype, world: World
+):
+    config, rows = tiny(layout, precision)
+    config = replace(config, optim=replace(config.optim, state=state))
+    for _, weights, states in world(config.parallel.degrees.ranks, watched_step, config, rows):
+        assert weights == {stored}
+        assert states == {kept}
 
 
 def test_gradients_cross_data_ranks_in_fp32_and_parameters_in_bf16(world: World):

@@ -27,13 +27,15 @@ LAYOUTS = {
     "fsdp2 x tp2": ["--parallel.fsdp=2", "--parallel.tp=2"],
     "dp2": ["--parallel.dp=2"],
     "tp2, bf16": ["--parallel.tp=2", "--precision=bf16"],
+    "tp2, bf16 weights": ["--parallel.tp=2", "--precision=bf16_weights"],
+    "fsdp2, bf16 state": ["--parallel.fsdp=2", "--precision=bf16", "--optim.state=bf16"],
     "pp2": ["--parallel.pp=2", "--model.layers=2"],
     "pp2.zbv, tied": ["--parallel.pp=2", "--parallel.schedule=zbv", "--model.layers=4", "--model.tied=true"],
     "pp2 x fsdp2, tied": ["--parallel.pp=2", "--parallel.fsdp=2", "--model.layers=2", "--model.tied=true"],
     "cp2": ["--parallel.cp=2", "--parallel.cp_kind=ring"],
     "cp2 x tp2": ["--parallel.cp=2", "--parallel.tp=2"],
 }
-COVERING = ("one process", "fsdp2", "fsdp2 x tp2", "pp2.zbv, tied")
+COVERING = ("one process", "fsdp2", "fsdp2 x tp2", "tp2, bf16 weights", "pp2.zbv, tied")
 WITH_EXPERTS = {
     "one process": [],
     "fsdp2 x ep2": ["--parallel.fsdp=2", "--parallel.ep=2"],

@@ -90,3 +90,19 @@ def test_ten_steps_of_adamw_follow_the_curve_of_one_process(layout: str, documen
     assert alone.losses[-1] < 0.95 * alone.losses[0]
     assert spread.losses == pytest.approx(alone.losses, rel=1e-5)
     assert spread.norms == pytest.approx(alone.norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("stored", ["bf16 weights", "bf16 state"])
+@pytest.mark.parametrize("layout", covering(LAYOUTS))
+def test_what_is_stored_in_bf16_follows_the_curve_of_one_process(layout: str, stored: str):
+    """To the rounding of bf16 products: all ranks round what they store at random, but alike."""
+    config = config_of(replace(UNEVEN, width=32, heads=8, kv_heads=4, vocab_size=96, mlp_width=64, layers=2), precision="bf16")
+    optim = replace(config.optim, lr=3e-3, warmup=1)
+    if stored == "bf16 state":
+        config = replace(config, optim=replace(optim, state="bf16"))
+    else:
+        config = replace(config, optim=optim, precision="bf16_weights")
+    alone, spread = (measure(config=config, layout=name, rows=FewRows(96, SEQ_LEN), steps=10) for name in ("", layout))
+    assert alone.losses[-1] < 0.95 * alone.losses[0]
+    assert spread.losses == pytest.approx(alone.losses, rel=1e-2)
+    assert spread.norms == pytest.approx(alone.norms, rel=5e-2)
