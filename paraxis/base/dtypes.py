@@ -7,14 +7,14 @@ import torch
 
 from paraxis.base.errors import ConfigError
 
-Scaling = Literal["tensorwise", "rowwise", "blockwise"]
+Scaling = Literal["tensorwise", "rowwise", "blockwise", "mxfp8", "nvfp4"]
 
 
 @dataclass(frozen=True)
 class Precision:
     """`compute` is what matrix products see, `reduce` what gradients are summed in, `master` what is stored.
 
-    With `scaling`, the linear layers of blocks cast what they see to float8 and scale it so; all else computes in `compute`.
+    With `scaling`, the linear layers of blocks cast what they see to eight or four bits and scale it so; all else computes in `compute`.
     """
 
     name: str
@@ -22,6 +22,13 @@ class Precision:
     reduce: torch.dtype
     master: torch.dtype
     scaling: Scaling | None = None
+
+    @property
+    def products(self) -> str:
+        """What the peak of most of its matrix products goes by: fp64, fp32, bf16, float8 or fp4."""
+        if self.scaling is not None:
+            return "fp4" if self.scaling == "nvfp4" else "float8"
+        return {torch.float64: "fp64", torch.float32: "fp32"}.get(self.compute, "bf16")
 
 
 PRECISIONS = {
@@ -32,7 +39,13 @@ PRECISIONS = {
     "float8_tensorwise": Precision("float8_tensorwise", torch.bfloat16, torch.float32, torch.float32, "tensorwise"),
     "float8_rowwise": Precision("float8_rowwise", torch.bfloat16, torch.float32, torch.float32, "rowwise"),
     "float8_blockwise": Precision("float8_blockwise", torch.bfloat16, torch.float32, torch.float32, "blockwise"),
+    "mxfp8": Precision("mxfp8", torch.bfloat16, torch.float32, torch.float32, "mxfp8"),
+    "nvfp4": Precision("nvfp4", torch.bfloat16, torch.float32, torch.float32, "nvfp4"),
 }
+
+
+# Token counts and features that products of this scaling divide into blocks, and kernels take.
+MULTIPLES: dict[Scaling, int] = {"tensorwise": 16, "rowwise": 16, "blockwise": 128, "mxfp8": 32, "nvfp4": 32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +66,12 @@ class Float8Config:
 
 
 @dataclass(frozen=True)
-class Float8:
-    """One resolved way to multiply in float8."""
+class LowPrecision:
+    """One resolved way to multiply in eight or four bits, as the precision called `name` has it."""
 
+    name: str
     scaling: Scaling
-    gradient: torch.dtype  # the format of the gradients of outputs; inputs and weights are e4m3
+    gradient: torch.dtype  # the format of the gradients of outputs
     fast_output: bool
     fast_gradients: bool
     multiple: int  # tokens, input and output features of a product must be multiples of this
@@ -65,28 +79,30 @@ class Float8:
     gathered: bool = False  # weights travel in float8
 
 
-def float8_recipe(dtypes: Precision, config: Float8Config) -> Float8 | None:
-    """How a precision's linear layers multiply in float8; None where they do not. Raises ConfigError for a setting that says nothing."""
+def low_precision(dtypes: Precision, config: Float8Config) -> LowPrecision | None:
+    """How a precision's linear layers multiply; None where as it computes elsewhere. Raises ConfigError for a setting that says nothing."""
     if dtypes.scaling is None:
         said = next((name for name, value in vars(config).items() if value != getattr(Float8Config(), name)), None)
         if said:
             raise ConfigError(f"float8.{said} says nothing while precision={dtypes.name}; choose a float8 precision, or leave it out")
         return None
-    if dtypes.scaling == "blockwise" and config.fast_sums != "auto":
+    usual = {"tensorwise": "outputs", "rowwise": "all"}.get(dtypes.scaling, "none")
+    if usual == "none" and config.fast_sums != "auto":
         raise ConfigError(f"float8.fast_sums={config.fast_sums}: products of blocks add up in one way only; leave it out")
     if dtypes.scaling != "tensorwise" and config.gather == "float8":
         raise ConfigError(
             f"float8.gather=float8 sends weights with one scale each, but precision={dtypes.name} has many; "
             "use precision=float8_tensorwise, or leave it out"
         )
-    usual = {"tensorwise": "outputs", "rowwise": "all", "blockwise": "none"}[dtypes.scaling]
     fast = usual if config.fast_sums == "auto" else config.fast_sums
-    return Float8(
+    formats: dict[Scaling, torch.dtype] = {"tensorwise": torch.float8_e5m2, "nvfp4": torch.float4_e2m1fn_x2}
+    return LowPrecision(
+        name=dtypes.name,
         scaling=dtypes.scaling,
-        gradient=torch.float8_e5m2 if dtypes.scaling == "tensorwise" else torch.float8_e4m3fn,
+        gradient=formats.get(dtypes.scaling, torch.float8_e4m3fn),
         fast_output=fast != "none",
         fast_gradients=fast == "all",
-        multiple=128 if dtypes.scaling == "blockwise" else 16,
+        multiple=MULTIPLES[dtypes.scaling],
         skip=config.skip,
         gathered=config.gather == "float8",
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from paraxis.base.axes import DEGREES, Degrees
-from paraxis.base.dtypes import PRECISIONS, Float8, Precision
+from paraxis.base.dtypes import PRECISIONS, LowPrecision, Precision
 from paraxis.base.errors import ConfigError
 from paraxis.base.layout import IDLE
 
@@ -125,7 +125,7 @@ class Strategy:
 
     degrees: Degrees
     precision: Precision = field(default_factory=lambda: PRECISIONS["bf16"])
-    float8: Float8 | None = None
+    low_precision: LowPrecision | None = None
     remat: RematConfig = field(default_factory=RematConfig)
     compile: CompileMode = "none"
     sequence_parallel: bool = True

@@ -29,7 +29,7 @@ def best_peer(row: Record, rows: Sequence[Record]) -> float | None:
     """The tokens/s of the fastest other system that did the same work: the same model, ranks, sequence and kind of precision."""
 
     def work(row: Record) -> tuple[Any, ...]:
-        return row["model"], row["ranks"], row["seq_len"], row["precision"].partition("_")[0]
+        return row["model"], row["ranks"], row["seq_len"], re.sub("^float8_.*", "float8", row["precision"])
 
     rates = [
         other["tokens_per_s"]

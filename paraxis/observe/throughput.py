@@ -17,7 +17,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     r"\bH100 PCIe\b": {"bf16": 756.5, "float8": 1513.0, "fp32": 378.0},
     r"\bH[12]00 NVL\b": {"bf16": 835.5, "float8": 1671.0, "fp32": 417.5},
     r"\bH[12]00\b": {"bf16": 989.4, "float8": 1978.9, "fp32": 494.7},
-    r"\bB200\b": {"bf16": 2250.0, "float8": 4500.0, "fp32": 1125.0},
+    r"\bB200\b": {"bf16": 2250.0, "float8": 4500.0, "fp4": 9000.0, "fp32": 1125.0},
     r"\bA100\b": {"bf16": 312.0, "fp32": 156.0},
     r"\bMI300X\b": {"bf16": 1307.4, "float8": 2614.9, "fp32": 653.7},
 }
@@ -25,12 +25,12 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
 
 @cache
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The peak FLOP/s of a device, by the vendor's name for it, at a precision (bf16, fp32, float8_...).
+    """The peak FLOP/s of a device, by the vendor's name for it, of products in bf16, fp32, float8 or fp4.
 
     None where no peak is known, which is then said once.
     """
     peaks = next((peaks for pattern, peaks in PEAK_TFLOPS.items() if re.search(pattern, device_name)), {})
-    tflops = peaks.get(precision.partition("_")[0])
+    tflops = peaks.get(precision)
     if tflops is None:
         log.warning("mfu is left out: no peak is known for %s at %s (see PEAK_TFLOPS in observe/throughput.py)", device_name, precision)
         return None

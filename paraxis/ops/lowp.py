@@ -1,242 +1,68 @@
-"""Linear layers whose matrix products are made in float8: scales, casts, the products, and their gradients.
-
-A float8 number has four (e4m3) or three (e5m2) significant bits and little range, so each block of a tensor is scaled to the format's
-largest number first, by a scale found from the block's own largest entry (dynamic scaling). The product undoes both scales as it adds up
-in fp32. What a block is names the recipe:
-
-    tensorwise  one scale a tensor; gradients of outputs in e5m2 (Micikevicius et al. 2022, arXiv:2209.05433, section 3)
-    rowwise     one scale a row of either factor, so for every token and every feature; all in e4m3
-    blockwise   activations by 1 x 128, weights by 128 x 128; all in e4m3 (DeepSeek-V3, arXiv:2412.19437, section 3.3)
-
-The choice of formats and of fast accumulation follows torchao's recipes of the first two names. Scales are powers of two: a cast then
-rounds an entry as it would under any other scale, underflow aside, so ranks that scale a part of a tensor agree with one that scales all.
-
-GPUs multiply float8 in one form alone: both factors are stored with the dimension that is summed last. Every operand is therefore kept so,
-and what backward needs the other way round is written transposed when it is cast.
-
-n tokens, i input features, o output features; r rows and k summed entries of an operand.
-"""
+"""Linear layers whose matrix products are made in eight or four bits: the front of float8.py and fp4.py, and which device can."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from paraxis.base.device import Device
-from paraxis.base.dtypes import Float8
-from paraxis.ops.lowp_weight import Float8Weight, float8_parts
+from paraxis.base.dtypes import LowPrecision
+from paraxis.ops import float8, fp4
 
-Block = tuple[int, int]  # how many rows and columns share a scale; 0 stands for all of them
-WHOLE: Block = (0, 0)
-ROW: Block = (1, 0)
-VECTOR: Block = (1, 128)
-SQUARE: Block = (128, 128)
-
-# Of what tokens bring (activations, gradients) and of weights.
-BLOCKS: dict[str, tuple[Block, Block]] = {"tensorwise": (WHOLE, WHOLE), "rowwise": (ROW, ROW), "blockwise": (VECTOR, SQUARE)}
-
-# A block of zeros needs some scale: from this largest entry on, scale and inverse are normal fp32 numbers.
-SMALLEST = 2.0**-100
-_EXPONENT = -0x800000  # sign and exponent of an fp32 number, as a mask of its bits
-
-
-# An operator of its own: as one of the steps that a compiler fuses, what it writes the other way round is scattered by the byte.
-@torch.library.custom_op("paraxis::transposed_float8", mutates_args=())
-def _transposed(values_rk: Tensor) -> Tensor:
-    """float8 [r, k], row-major, as row-major [k, r]."""
-    if not values_rk.is_cuda:
-        return values_rk.t().contiguous()
-    from paraxis.ops.triton_transpose import transpose_bytes  # only a CUDA build of torch brings Triton
-
-    y_kr = values_rk.new_empty(values_rk.shape[::-1])
-    transpose_bytes(values_rk.view(torch.uint8), y_kr.view(torch.uint8))
-    return y_kr
+# Compute capability from which on a GPU has each kind of product, and before which.
+ABLE: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "tensorwise": ((8, 9), (99, 0)),
+    "rowwise": ((9, 0), (99, 0)),
+    "blockwise": ((9, 0), (10, 0)),
+    "mxfp8": ((10, 0), (99, 0)),
+    "nvfp4": ((10, 0), (99, 0)),
+}
+MOST_OFF = 0.03  # of a product of 384 summands, rounded to bf16; scales in a wrong order make it tens of per cent
+# A small product in which every scale matters: rows, features, summed entries. Blocks of 128 are three and six, so no whole tiles.
+TRIED = (384, 768, 384)
 
 
-@_transposed.register_fake
-def _(values_rk: Tensor) -> Tensor:
-    return values_rk.new_empty(values_rk.shape[::-1])
-
-
-class Operand(NamedTuple):
-    """One factor of a product, the summed dimension last: `values` are float8 [r, k], row-major. `inverse` is fp32, one a block of
-    values: what they are multiplied by to get the tensor back.
-    """
-
-    values: Tensor
-    inverse: Tensor
-
-    def transposed(self) -> "Operand":
-        """The same numbers the other way round, where a block is as good either way."""
-        return Operand(_transposed(self.values), self.inverse.t())
-
-
-def _blocks(x_rk: Tensor, block: Block) -> Tensor:
-    """[blocks of rows, rows of a block, blocks of columns, columns of a block]"""
-    r, k = x_rk.shape
-    return x_rk.unflatten(0, (-1, block[0] or r)).unflatten(2, (-1, block[1] or k))
-
-
-def _largest(x_rk: Tensor, block: Block) -> Tensor:
-    """The largest magnitude in each block. Row by row first: a compiler can do that in the kernel that makes the rows."""
-    return _blocks(x_rk, block).abs().amax(3).amax(1)
-
-
-def inverse_scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """What float8 values are multiplied by to be a block again whose largest magnitude is given: fp32, powers of two.
-
-    The largest power of two that keeps the block within the format's range is its scale. Not finite where `largest` is not.
-    """
-    scale = torch.finfo(dtype).max / largest.float().clamp(min=SMALLEST)
-    return (scale.view(torch.int32) & _EXPONENT).view(torch.float32).reciprocal()
-
-
-def quantise(parts: Sequence[Tensor], dtype: torch.dtype, block: Block, dim: int = 0, inverse: Tensor | None = None) -> Operand:
-    """Parts [r, k] joined along `dim`, as an operand; `inverse` where the scales are known already."""
-    if inverse is None:
-        largest = [_largest(part, block) for part in parts]
-        joined = _joined(largest, dim) if block[dim] else torch.stack(largest).amax(0)
-        inverse = inverse_scale(joined, dtype)
-    own = inverse.split([part.shape[dim] // block[dim] for part in parts], dim) if block[dim] else [inverse] * len(parts)
-    values = [_cast(part, block, scale.reciprocal(), dtype) for part, scale in zip(parts, own, strict=True)]
-    return Operand(_joined(values, dim).contiguous(), inverse)
-
-
-def _cast(x_rk: Tensor, block: Block, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nothing is clamped: no scaled entry exceeds the format's range, and an infinite one shall not look finite."""
-    return (_blocks(x_rk, block).float() * scale[:, None, :, None]).to(dtype).flatten(2, 3).flatten(0, 1)
-
-
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def both_ways(parts: Sequence[Tensor], dtype: torch.dtype, block: Block, dim: int = 0) -> tuple[Operand, Operand]:
-    """The parts joined along `dim`, and the transpose of that; each with scales of its own where blocks are not square."""
-    along = quantise(parts, dtype, block, dim)
-    if block[0] == block[1]:
-        return along, along.transposed()
-    return along, quantise([part.t() for part in parts], dtype, block, 1 - dim)
-
-
-def dequantise(operand: Operand) -> Tensor:
-    """The numbers that an operand stands for: fp32 [r, k]."""
-    rows, columns = (n // blocks for n, blocks in zip(operand.values.shape, operand.inverse.shape, strict=True))
-    scaled = _blocks(operand.values.float(), (rows, columns)) * operand.inverse[:, None, :, None]
-    return scaled.flatten(2, 3).flatten(0, 1)
-
-
-def reference_product(left: Operand, right: Operand, dtype: torch.dtype) -> Tensor:
-    """left [r, k] times right [c, k] transposed, in fp32: what the fast product is held to."""
-    return (dequantise(left) @ dequantise(right).t()).to(dtype)
-
-
-def _cpu_scales_rows() -> bool:
-    """Whether this torch's CPU kernel takes a scale for each row: 2.13's does, 2.11's takes one for the whole tensor only."""
-    one = torch.ones(16, 16).to(torch.float8_e4m3fn)
-    try:
-        torch._scaled_mm(one, one.t(), torch.ones(16, 1), torch.ones(1, 16), out_dtype=torch.float32)
-    except RuntimeError:
-        return False
-    return True
-
-
-CPU_SCALES_ROWS = _cpu_scales_rows()  # asked at once: a compiler that follows `product` could not
-
-
-def product(left: Operand, right: Operand, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
-    """left [r, k] times right [c, k] transposed: [r, c] in `dtype`, added up in fp32; `fast` keeps fewer bits of partial sums (Hopper)."""
-    in_blocks = not (_is_whole(left) and _is_whole(right)) and not (_is_by_row(left) and _is_by_row(right))
-    if not left.values.is_cuda and (in_blocks or not (_is_whole(left) or CPU_SCALES_ROWS)):
-        return reference_product(left, right, dtype)  # the CPU has no kernel for blocks, and torch 2.11's none for rows
-    left_scale, right_scale = (_as_the_kernel_reads(operand) if in_blocks else operand.inverse for operand in (left, right))
-    return torch._scaled_mm(left.values, right.values.t(), left_scale, right_scale.t(), out_dtype=dtype, use_fast_accum=fast)
-
-
-def _is_whole(operand: Operand) -> bool:
-    return operand.inverse.numel() == 1
-
-
-def _is_by_row(operand: Operand) -> bool:
-    return operand.inverse.shape == (operand.values.shape[0], 1)
-
-
-def _as_the_kernel_reads(operand: Operand) -> Tensor:
-    """Scales of 1 x 128 blocks go down the columns in memory, those of 128 x 128 blocks along the rows."""
-    vectors = operand.inverse.shape[0] == operand.values.shape[0]
-    return operand.inverse.t().contiguous().t() if vectors else operand.inverse.contiguous()
-
-
-def _cast_weights(weights: Sequence[Tensor], block: Block) -> Operand:
-    """Weights [o, i] below one another. Those that were gathered in float8 have one scale already."""
-    if isinstance(weights[0], Float8Weight):
-        values, inverses = zip(*map(float8_parts, weights), strict=True)
-        return Operand(_joined(values, 0), inverses[0])
-    return quantise(weights, torch.float8_e4m3fn, block)
-
-
-def _cast_weights_transposed(weights: Sequence[Tensor], block: Block, inverse: Tensor) -> Operand:
-    """Weights [o, i] as [i, all o]; `inverse` is of their scales the other way round."""
-    if isinstance(weights[0], Float8Weight):
-        return Operand(_joined([float8_parts(weight)[0].t() for weight in weights], 1).contiguous(), inverse)
-    known = inverse.t() if block[0] == block[1] else None
-    return quantise([weight.t() for weight in weights], torch.float8_e4m3fn, block, 1, known)
-
-
-class _Linears(torch.autograd.Function):
-    """x [n, i] times the transpose of each weight [o, i]. Three products a step, each of two freshly cast operands.
-
-    Weights are kept as they are and cast again in backward: they belong to FSDP, which frees them in between.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_ni: Tensor, recipe: Float8, *weights: Tensor) -> tuple[Tensor, ...]:
-        of_tokens, of_weights = BLOCKS[recipe.scaling]
-        x, x_t = both_ways([x_ni], torch.float8_e4m3fn, of_tokens)
-        weight = _cast_weights(weights, of_weights)
-        ctx.save_for_backward(*x_t, weight.inverse, *weights)
-        ctx.recipe = recipe
-        y_no = product(x, weight, x_ni.dtype, fast=recipe.fast_output)
-        return y_no.split([weight.shape[0] for weight in weights], dim=1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_values, x_inverse, inverse, *weights = ctx.saved_tensors
-        recipe, sizes = ctx.recipe, [weight.shape[0] for weight in weights]
-        of_tokens, of_weights = BLOCKS[recipe.scaling]
-        grad, grad_t = both_ways(gradients, recipe.gradient, of_tokens, dim=1)
-        weight_t = _cast_weights_transposed(weights, of_weights, inverse)
-        grad_x_ni = product(grad, weight_t, weights[0].dtype, fast=recipe.fast_gradients)
-        grad_weight_oi = product(grad_t, Operand(x_values, x_inverse), weights[0].dtype, fast=recipe.fast_gradients)
-        return grad_x_ni, None, *grad_weight_oi.split(sizes)
-
-
-def float8_linears(x: Tensor, weights: Sequence[Tensor], recipe: Float8) -> tuple[Tensor, ...]:
+def scaled_linears(x: Tensor, weights: Sequence[Tensor], recipe: LowPrecision) -> tuple[Tensor, ...]:
     """What each weight [o, i] makes of x [..., i]: [..., o] in x's dtype. x is cast once for all, and they share one product.
 
     Tokens (the leading dimensions together), i and every o must be multiples of `recipe.multiple`.
     """
-    x_ni = x.flatten(0, -2)
-    if torch.is_grad_enabled():
-        outputs = _Linears.apply(x_ni, recipe, *weights)
-    else:
-        of_tokens, of_weights = BLOCKS[recipe.scaling]
-        left, right = quantise([x_ni], torch.float8_e4m3fn, of_tokens), _cast_weights(weights, of_weights)
-        outputs = product(left, right, x.dtype, fast=recipe.fast_output).split([weight.shape[0] for weight in weights], dim=1)
-    return tuple(y_no.view(*x.shape[:-1], -1) for y_no in outputs)
+    make = fp4.fp4_linears if recipe.scaling == "nvfp4" else float8.float8_linears
+    return tuple(y_no.view(*x.shape[:-1], -1) for y_no in make(x.flatten(0, -2), weights, recipe))
 
 
-def float8_problem(recipe: Float8, device: Device) -> str | None:
+def scaling_problem(recipe: LowPrecision, device: Device) -> str | None:
     """Why this device cannot multiply as the recipe has it, or None. A CPU can, slowly: for tests and small trials."""
     if not device.is_cuda:
         return None
-    capability = device.capability
-    has = f"{device.name} has {capability[0]}.{capability[1]}"
-    if capability < (8, 9):
-        return f"float8 products need an NVIDIA GPU of compute capability 8.9 or more, and {has}"
-    if recipe.scaling == "rowwise" and capability < (9, 0):
-        return f"products with a scale a row need compute capability 9.0 or more, and {has}"
-    if recipe.scaling == "blockwise":  # on an H200, products over 256 features were not those of the reference
-        return f"products of 1 x 128 by 128 x 128 blocks are right on a CPU alone so far, and this is {device.name}"
+    least, below = ABLE[recipe.scaling]
+    if not least <= device.capability < below:
+        until = f", below {below[0]}.{below[1]}" if below[0] < 99 else ""
+        kind = "Hopper" if least == (9, 0) and until else "Blackwell" if least[0] == 10 else "Ada or Hopper"
+        return (
+            f"{recipe.scaling} products need an NVIDIA GPU of compute capability {least[0]}.{least[1]} or more{until} ({kind}), "
+            f"and {device.name} has {device.capability[0]}.{device.capability[1]}"
+        )
+    if device.torch.type == "cuda" and (off := error_of_kernel(recipe, device.torch)) > MOST_OFF:
+        return f"{recipe.scaling} products of this torch ({torch.__version__}) are off by {100 * off:.3g}% on {device.name}"
     return None
+
+
+def error_of_kernel(recipe: LowPrecision, device: torch.device) -> float:
+    """How far outputs and gradients of a small layer are from those of the reference, over their size.
+
+    Tried before a run trusts it: in what order a kernel reads scales differs between versions, and a wrong one says nothing.
+    """
+    random = torch.Generator().manual_seed(0)
+    n, o, i = TRIED
+    x = (torch.randn(n, i, generator=random) * torch.randn(n, 1, generator=random).exp()).bfloat16()
+    weight = (torch.randn(o, i, generator=random) * torch.randn(o, 1, generator=random).exp()).bfloat16()
+    gradient = torch.randn(n, o, generator=random).bfloat16()
+    found = []
+    for on in (device, torch.device("cpu")):
+        own = [tensor.to(on).requires_grad_() for tensor in (x, weight)]
+        with torch.enable_grad():
+            y = scaled_linears(own[0], own[1:], recipe)[0]
+            gradients = torch.autograd.grad(y, own, gradient.to(on))
+        found.append([tensor.detach().double().cpu() for tensor in (y, *gradients)])
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))

@@ -65,9 +65,9 @@ def bits_of(place: Place, like: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     at = place.offset + i % place.inner
     if place.depth > 1:
         at += i // place.inner % place.middle * place.middle_stride + i // (place.inner * place.middle) * place.outer_stride
-    key = _mix(_mix(count.long()) ^ place.salt)
-    first = _mix((at & WORD) ^ ((at >> 32) * HIGH & WORD) ^ key)
-    return first.view(like.shape), _mix(first ^ AGAIN).view(like.shape)
+    key = hashed(hashed(count.long()) ^ place.salt)
+    first = hashed((at & WORD) ^ ((at >> 32) * HIGH & WORD) ^ key)
+    return first.view(like.shape), hashed(first ^ AGAIN).view(like.shape)
 
 
 def round_at_random(x: Tensor, bits: Tensor) -> Tensor:
@@ -76,7 +76,8 @@ def round_at_random(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isfinite(), raised.view(torch.float32), x).to(torch.bfloat16)
 
 
-def _mix(x: Tensor) -> Tensor:
+def hashed(x: Tensor) -> Tensor:
+    """Words of 32 bits, int64, each as another one that looks random."""
     x = (x ^ (x >> 16)) * FACTORS[0] & WORD
     x = (x ^ (x >> 15)) * FACTORS[1] & WORD
     return x ^ (x >> 16)

@@ -49,8 +49,8 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill, ke
         split = partial(VocabularyParallelLoss, mesh.tp, sequence=strategy.sequence_parallel, compiled=fused)
         model.use_head_loss(split() if degrees.tp > 1 else partial(chunked_head_loss, compiled=fused))
     products: list[list[str]] = []
-    if strategy.float8 is not None:
-        products = convert_linears(model, layout, strategy.float8)  # after tensor parallelism, whose parts are what is multiplied
+    if strategy.low_precision is not None:
+        products = convert_linears(model, layout, strategy.low_precision)  # after tensor parallelism, whose parts are what is multiplied
     kept = kept_by(strategy.remat, len(blocks)) if keep is None else keep(model)
     exchange(model, mesh)
     checkpoint_blocks(blocks, kept)
@@ -62,7 +62,7 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill, ke
     stored = dict(model.named_parameters())
     if alone:
         make_room_for_copies(model, strategy.precision.compute)
-    if strategy.float8 is not None and strategy.float8.gathered:
+    if strategy.low_precision is not None and strategy.low_precision.gathered:
         gather_in_float8(model, products, mesh, strategy.precision.compute, compiled=strategy.compile == "inductor")
     shards = [_filled(parameter, stored[name], placed[name], fill) for name, parameter in model.named_parameters()]
     if alone:

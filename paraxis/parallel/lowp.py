@@ -1,7 +1,7 @@
-"""Which linear layers multiply in float8, and how: those that read one input cast it once and share their products.
+"""Which linear layers multiply in eight or four bits, and how: those that read one input cast it once and share their products.
 
 Every rank scales the part of a tensor that it has. That is as right as a scale of the whole: a product divides by its own factors'
-scales, whatever they are, and a part's own scale is never coarser. Since scales are powers of two, both round an entry alike.
+scales, whatever they are, and a part's own scale is never coarser. Since scales of tensors are powers of two, both round an entry alike.
 """
 
 import logging
@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from paraxis.base.dtypes import Float8
+from paraxis.base.dtypes import LowPrecision
 from paraxis.base.errors import ConfigError
 from paraxis.base.layout import Gather, LayoutTable, matching
-from paraxis.ops.lowp import float8_linears
+from paraxis.ops.lowp import scaled_linears
 from paraxis.parallel.overlap import handing_out
 
 log = logging.getLogger("paraxis")
 
 
-def convert_linears(model: nn.Module, table: LayoutTable, recipe: Float8) -> list[list[str]]:
-    """Lets the linear layers inside the model's blocks multiply in float8, save those that are skipped or whose features do not divide.
+def convert_linears(model: nn.Module, table: LayoutTable, recipe: LowPrecision) -> list[list[str]]:
+    """Lets the linear layers inside the model's blocks multiply by the recipe, save those that are skipped or whose features do not divide.
 
     A layer that is left out keeps the compute dtype, as do the head, embeddings, norms, routers, and experts. Layers that a `Gather` rule
     names as readers of its module's input are made one product. Returns the layers of each product, by name.
@@ -40,14 +40,11 @@ def convert_linears(model: nn.Module, table: LayoutTable, recipe: Float8) -> lis
             for reader in readers[1:]:
                 del products[reader]
             _multiply_together(module, [reader.removeprefix(f"{name}.") for reader in readers], recipe)
-    log.info(
-        "float8: %s scaling in %d linear layers; head, embeddings, norms and experts stay in bf16",
-        recipe.scaling,
-        len(layers) - len(left_out),
-    )
+    log.info("%s: %d linear layers; head, embeddings, norms and experts stay in bf16", recipe.name, len(layers) - len(left_out))
     for why in dict.fromkeys(left_out.values()):
         names = [name for name, reason in left_out.items() if reason == why]
-        log.info("float8: %d linear layers stay in bf16, %s: %s%s", len(names), why, ", ".join(names[:4]), ", ..." if names[4:] else "")
+        named = ", ".join(names[:4]) + (", ..." if names[4:] else "")
+        log.info("%s: %d linear layers stay in bf16, %s: %s", recipe.name, len(names), why, named)
     return list(products.values())
 
 
@@ -58,7 +55,7 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside}
 
 
-def refuse_idle_float8(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], recipe: Float8) -> None:
+def refuse_idle_float8(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], recipe: LowPrecision) -> None:
     """Raises ConfigError where no layer of the whole model would be converted, or a pattern skips none.
 
     `shapes` are those that a rank has of the parameters.
@@ -70,10 +67,10 @@ def refuse_idle_float8(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], 
     reasons = {name: _why_not(name, shapes[f"{name}.weight"], recipe) for name in layers}
     if all(reasons.values()):
         why = ", ".join(sorted({f"{reason}" for reason in reasons.values()})) or "as no block has one"
-        raise ConfigError(f"precision=float8_{recipe.scaling} finds no linear layer to convert, {why}; use precision=bf16")
+        raise ConfigError(f"precision={recipe.name} finds no linear layer to convert, {why}; use precision=bf16")
 
 
-def _why_not(name: str, shape: Sequence[int], recipe: Float8) -> str | None:
+def _why_not(name: str, shape: Sequence[int], recipe: LowPrecision) -> str | None:
     """Why a layer keeps the compute dtype, or None. `shape` is that of the part of its weight that a rank has."""
     if name.endswith(".router"):
         return "as routers choose experts by small differences"
@@ -84,11 +81,11 @@ def _why_not(name: str, shape: Sequence[int], recipe: Float8) -> str | None:
     return None
 
 
-def _multiply_alone(layer: Any, recipe: Float8) -> None:
-    """A float8 product in place of a layer's own. One whose partial outputs are summed over ranks does that as before."""
+def _multiply_alone(layer: Any, recipe: LowPrecision) -> None:
+    """A product in few bits in place of a layer's own. One whose partial outputs are summed over ranks does that as before."""
 
     def product(layer: nn.Linear, x: Tensor) -> Tensor:
-        return float8_linears(x, [layer.weight], recipe)[0]
+        return scaled_linears(x, [layer.weight], recipe)[0]
 
     def forward(layer: nn.Linear, x: Tensor) -> Tensor:
         y = product(layer, x)
@@ -100,14 +97,14 @@ def _multiply_alone(layer: Any, recipe: Float8) -> None:
         layer.forward = types.MethodType(forward, layer)
 
 
-def _multiply_together(module: nn.Module, readers: Sequence[str], recipe: Float8) -> None:
+def _multiply_together(module: nn.Module, readers: Sequence[str], recipe: LowPrecision) -> None:
     """One product for all of a module's `readers`, made before the module runs; their forward only hands out."""
     layers: list[Any] = [getattr(module, name) for name in readers]
     for name, layer in zip(readers, layers, strict=True):
         layer.forward = types.MethodType(handing_out(name), layer)
 
     def multiply(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        products = float8_linears(args[0], [getattr(module, name).weight for name in readers], recipe)
+        products = scaled_linears(args[0], [getattr(module, name).weight for name in readers], recipe)
         return (dict(zip(readers, products, strict=True)), *args[1:])
 
     module.register_forward_pre_hook(multiply)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from paraxis.ops.lowp import inverse_scale
-from paraxis.ops.lowp_weight import Float8Weight
+from paraxis.ops.float8 import inverse_scale
+from paraxis.ops.float8_weight import Float8Weight
 from paraxis.parallel.collectives import max_over
 from paraxis.parallel.fsdp import gather_by
 from paraxis.parallel.mesh import Mesh

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from paraxis.base.strategy import RematConfig
+from paraxis.ops.float8 import block_product
+from paraxis.ops.fp4 import fp4_product
 from paraxis.parallel.knapsack import Call
 from paraxis.parallel.tabulate import call_name
 
@@ -34,6 +36,8 @@ KEPT: set[Any] = {
     torch.ops._c10d_functional.all_reduce.default,
     _aten._grouped_mm.default,
     _aten._scaled_mm.default,
+    block_product._opoverload,
+    fp4_product._opoverload,
 }
 if hasattr(torch.ops.higher_order, "flex_attention"):
     KEPT.add(torch.ops.higher_order.flex_attention)

@@ -38,6 +38,8 @@ PRODUCTS = {
     "aten.addmm.default": 1,
     "aten.baddbmm.default": 1,
     "aten._scaled_mm.default": 0,
+    "paraxis.block_product.default": 0,
+    "paraxis.fp4_product.default": 0,
     "aten._grouped_mm.default": 0,
     "paraxis.grouped_loop.default": 0,
 }  # and which argument is the left matrix

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from paraxis.base.dtypes import precision
 from paraxis.base.errors import ConfigError
 from paraxis.base.partition import cut_stages
 from paraxis.plan.hardware import Cluster
@@ -20,7 +21,7 @@ def speed_of(accelerator: Accelerator, dtype: str) -> float:
 
 def dtype_of(config: RunConfig) -> str:
     """What most of a run's products are in, as the accelerators' tables call it."""
-    return config.precision.partition("_")[0]
+    return precision(config.precision).products
 
 
 def stage_speeds(cluster: Cluster, stages: int, order: Sequence[int], dtype: str) -> list[float]:

@@ -30,7 +30,7 @@ class Holdings:
     def __init__(self, config: RunConfig, model: nn.Module, cluster: Cluster, ranks: int) -> None:
         self.config, self.model, self.cluster, self.ranks = config, model, cluster, ranks
         self.dtypes = precision(config.precision)
-        self.peak_dtype = config.precision.partition("_")[0]
+        self.peak_dtype = self.dtypes.products
         self.compute_dtype = {8: "fp64", 4: "fp32", 2: "bf16"}[self.dtypes.compute.itemsize]
         kinds = {cluster.accelerator_of(rank).name: cluster.accelerator_of(rank) for rank in range(ranks)}
         self.device = min(kinds.values(), key=lambda one: one.peak(self.compute_dtype) * one.product_share)

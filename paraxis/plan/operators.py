@@ -20,6 +20,7 @@ DTYPES = {
     torch.float16: "fp16",
     torch.float8_e4m3fn: "float8",
     torch.float8_e5m2: "float8",
+    torch.uint8: "fp4",  # two numbers
 }
 Sort = Literal["product", "attention", "traffic", "exchange", "begin", "wait", "read"]
 
@@ -82,6 +83,8 @@ PRODUCTS = {
     "aten::_scaled_mm": (0, 1),
     "aten::_grouped_mm": (0, 1),
 }
+# Ours, whose factors both have the summed dimension last, and how many numbers of it an entry is.
+BLOCK_PRODUCTS = {"paraxis::block_product": (0, 2, 1), "paraxis::fp4_product": (0, 3, 2)}
 # Exchanges: the kind, and the argument (of the result, -1) that is the whole buffer.
 EXCHANGED: dict[str, tuple[ExchangeKind, int]] = {
     "c10d::_allgather_base_": ("all_gather", 0),
@@ -114,6 +117,10 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, number: Number, lane: 
     if name in PRODUCTS:
         left, right = (args[place] for place in PRODUCTS[name])
         return Operator(sort="product", dtype=DTYPES[left.dtype], sizes=_product_sizes(left, right, out), **common)
+    if name in BLOCK_PRODUCTS:
+        left, right, numbers = BLOCK_PRODUCTS[name]
+        sizes = args[left].shape[0], args[right].shape[0], args[left].shape[1] * numbers, 1
+        return Operator(sort="product", dtype=DTYPES[args[left].dtype], sizes=sizes, **common)
     if "attention" in name and name.startswith("aten::"):
         return _attention(func, name, args, kwargs, common)
     fusible = func.namespace in ("aten", "prims") and not any(word in name for word in ALONE)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from paraxis.base.axes import Degrees
+from paraxis.base.dtypes import precision
 from paraxis.base.errors import ConfigError
 from paraxis.base.schedule import Action, Schedule
 from paraxis.plan.hardware import Cluster
@@ -91,7 +92,7 @@ def predict(config: RunConfig, cluster: Cluster, ranks: int, *, placement: Seque
     return Prediction(
         step_s=played.step_s,
         tokens_per_s=rate,
-        mfu=count(config.data.seq_len) * rate / places[0].accelerator.peak(config.precision.partition("_")[0]) if count else None,
+        mfu=count(config.data.seq_len) * rate / places[0].accelerator.peak(precision(config.precision).products) if count else None,
         exposed_s=played.exposed_s,
         bubble=played.bubble,
         rank=first[fullest],

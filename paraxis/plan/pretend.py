@@ -55,7 +55,8 @@ class PretendedDevice(Device):
 
 def pretended(on: Accelerator) -> PretendedDevice:
     """The device that a run on this accelerator finds."""
-    return PretendedDevice("cpu", 0, on.name, on.memory_bytes, (9, 0) if "float8" in on.peak_flops else (8, 0))
+    capability = (10, 0) if "fp4" in on.peak_flops else (9, 0) if "float8" in on.peak_flops else (8, 0)
+    return PretendedDevice("cpu", 0, on.name, on.memory_bytes, capability)
 
 
 class PretendedMemory(TorchDispatchMode):

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from paraxis.base.errors import ConfigError
 
-ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "float8": 1}
+ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "float8": 1, "fp4": 0.5}
 HOST = ("host_eager_s", "host_compiled_s", "host_selective_s", "host_exchange_s", "host_sharding_s")
 SHORTEST_S = 3e-6  # what a device needs for the smallest kernel
 NEIGHBOURS = 4  # measured points that an interpolated share is made of

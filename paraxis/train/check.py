@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from paraxis.base.axes import AXES, Degrees
-from paraxis.base.dtypes import float8_recipe, precision
+from paraxis.base.dtypes import low_precision, precision
 from paraxis.base.errors import ConfigError
 from paraxis.base.layout import Placed, Whole, place
 from paraxis.base.seams import HasAttention, routed_layers
@@ -124,7 +124,7 @@ def dropout_of(model: nn.Module) -> str | None:
 
 def check_float8(config: RunConfig, degrees: Degrees, stages: Stages | None, model: nn.Module, placed: Mapping[str, Placed]) -> None:
     """Refuses what float8 products cannot be combined with, numbers of tokens that they cannot multiply, and settings without effect."""
-    recipe = float8_recipe(precision(config.precision), config.float8)
+    recipe = low_precision(precision(config.precision), config.float8)
     if recipe is None:
         return
     if recipe.gathered and degrees.shards == 1:

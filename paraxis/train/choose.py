@@ -8,14 +8,14 @@ from torch import nn
 
 from paraxis.base.axes import Degrees
 from paraxis.base.device import Device
-from paraxis.base.dtypes import Float8, Precision, float8_recipe, precision
+from paraxis.base.dtypes import LowPrecision, Precision, low_precision, precision
 from paraxis.base.errors import ConfigError
 from paraxis.base.layout import place
 from paraxis.base.seams import Attend
 from paraxis.base.strategy import CompileMode, Strategy
 from paraxis.ops.attention import choose_attention
 from paraxis.ops.attention_parts import choose_parts
-from paraxis.ops.lowp import float8_problem
+from paraxis.ops.lowp import scaling_problem
 from paraxis.parallel.context import context_attention
 from paraxis.parallel.mesh import Mesh
 from paraxis.parallel.world import World
@@ -40,7 +40,7 @@ def build_strategy(config: RunConfig, world: World, at: Mapping[str, int], stage
     return Strategy(
         degrees=degrees,
         precision=dtypes,
-        float8=_float8(config, dtypes, world.device),
+        low_precision=_low_precision(config, dtypes, world.device),
         remat=config.remat,
         compile=_compile(config, world.device, stages),
         sequence_parallel=config.parallel.sequence_parallel,
@@ -69,10 +69,10 @@ def _compile(config: RunConfig, device: Device, stages: Stages | None) -> Compil
     return chosen
 
 
-def _float8(config: RunConfig, dtypes: Precision, device: Device) -> Float8 | None:
-    recipe = float8_recipe(dtypes, config.float8)
-    if recipe is not None and (problem := float8_problem(recipe, device)):
-        raise ConfigError(f"precision={dtypes.name}: {problem}; use precision=bf16, or another float8 precision where the GPU has it")
+def _low_precision(config: RunConfig, dtypes: Precision, device: Device) -> LowPrecision | None:
+    recipe = low_precision(dtypes, config.float8)
+    if recipe is not None and (problem := scaling_problem(recipe, device)):
+        raise ConfigError(f"precision={dtypes.name}: {problem}; use precision=bf16, or another one that the GPU has")
     return recipe
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from paraxis.base.axes import Degrees
-from paraxis.base.dtypes import Float8Config, float8_recipe, precision
+from paraxis.base.dtypes import Float8Config, low_precision, precision
 from paraxis.base.errors import ConfigError
 from paraxis.base.strategy import CompileMode, ParallelConfig, RematConfig
 from paraxis.checkpoint.config import CheckpointConfig
@@ -87,7 +87,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         dtypes = precision(self.precision)
-        float8_recipe(dtypes, self.float8)  # refuses settings that say nothing
+        low_precision(dtypes, self.float8)  # refuses settings that say nothing
         if dtypes.master == torch.bfloat16 and self.optim.name != "adamw":
             raise ConfigError(
                 f"precision={self.precision} keeps weights in bf16, where most updates are lost unless they are rounded stochastically, as "

@@ -74,7 +74,7 @@ class Record:
 def speed(tokens: int, timed: StepTime, world: World, strategy: Strategy, flops_per_token: float) -> dict[str, float | None]:
     """tokens/s of each device and MFU for a step over `tokens` tokens."""
     tokens_per_s = timed.tokens_per_s(tokens, world.size)
-    return {"tokens_per_s": tokens_per_s, "mfu": mfu(flops_per_token, tokens_per_s, world.device.name, strategy.precision.name)}
+    return {"tokens_per_s": tokens_per_s, "mfu": mfu(flops_per_token, tokens_per_s, world.device.name, strategy.precision.products)}
 
 
 def said(world: World, stop: bool, data_s: float) -> Said:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from paraxis.base.dtypes import PRECISIONS
 from paraxis.observe.throughput import StepClock, StepTime, mfu, peak_flops
 
 
@@ -25,12 +26,15 @@ def test_devices_are_known_by_their_vendors_names(device, tflops):
     assert peak_flops(device, "bf16") == pytest.approx(tflops * 1e12)
 
 
-def test_every_float8_recipe_has_the_float8_peak():
-    assert peak_flops("NVIDIA H200", "float8_rowwise") == peak_flops("NVIDIA H200", "float8_tensorwise") == pytest.approx(1978.9e12)
+def test_every_precision_has_the_peak_of_its_products():
+    peaks = {name: peak_flops("NVIDIA B200", precision.products) for name, precision in PRECISIONS.items()}
+    assert peaks["bf16"] == peaks["bf16_weights"] == pytest.approx(2250e12)
+    assert [peaks[name] for name in peaks if name.startswith(("float8", "mxfp8"))] == [pytest.approx(4500e12)] * 4
+    assert peaks["nvfp4"] == pytest.approx(9000e12)
 
 
 @pytest.mark.parametrize(
-    ("device", "precision"), [("NVIDIA GH200 480GB", "bf16"), ("CPU", "fp32"), ("NVIDIA A100-SXM4-80GB", "float8_rowwise")]
+    ("device", "precision"), [("NVIDIA GH200 480GB", "bf16"), ("CPU", "fp32"), ("NVIDIA A100-SXM4-80GB", "float8")]
 )
 def test_what_is_not_known_is_said_once(device, precision, caplog):
     peak_flops.cache_clear()

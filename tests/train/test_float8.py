@@ -1,4 +1,4 @@
-"""Float8 training: which layers, the same curve on every layout and beside bf16, and what it is refused with."""
+"""LowPrecision training: which layers, the same curve on every layout and beside bf16, and what it is refused with."""
 
 import logging
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from paraxis.base.dtypes import PRECISIONS, Float8Config, float8_recipe, scoring_dtype
+from paraxis.base.dtypes import PRECISIONS, Float8Config, low_precision, scoring_dtype
 from paraxis.base.errors import ConfigError
 from paraxis.base.strategy import RematConfig
 from paraxis.models.llama import LlamaConfig
-from paraxis.ops.lowp import CPU_SCALES_ROWS, Operand, dequantise
-from paraxis.ops.lowp_weight import Float8Weight
+from paraxis.ops.float8 import CPU_SCALES_ROWS, Operand, dequantise
+from paraxis.ops.float8_weight import Float8Weight
 from paraxis.optim.config import OptimConfig
 from paraxis.parallel.lowp import convert_linears
 from paraxis.recipes import RECIPES
@@ -80,11 +80,15 @@ LINES: list[tuple[str, str, dict[str, Any]]] = [
     ("float8_rowwise", "fsdp2", {"compile": "aot_eager"}),
     ("float8_blockwise", "fsdp2", {}),
     ("float8_blockwise", "tp2", {}),
+    ("mxfp8", "fsdp2", {"compile": "aot_eager"}),
+    ("mxfp8", "tp2", {}),
+    ("nvfp4", "fsdp2", {}),
+    ("nvfp4", "tp2", {"remat": RematConfig(mode="full")}),
     ("float8_tensorwise", "fsdp2xtp2", {"float8": IN_FLOAT8}),
     ("float8_tensorwise", "pp2xfsdp2", {"float8": IN_FLOAT8, "remat": RematConfig(mode="selective")}),
     ("float8_tensorwise", "dp2xfsdp2", {"float8": IN_FLOAT8, "compile": "aot_eager", "remat": RematConfig(mode="selective")}),
 ]
-COVERING = (0, 1, 2, 5, 8, 9)
+COVERING = (0, 1, 2, 5, 8, 10, 12, 13)
 
 
 @pytest.mark.parametrize(
@@ -92,13 +96,15 @@ COVERING = (0, 1, 2, 5, 8, 9)
     [pytest.param(*line, marks=() if n in COVERING else pytest.mark.full, id=f"{line[0]} {line[1]} {n}") for n, line in enumerate(LINES)],
 )
 def test_a_layout_trains_as_one_process_does(precision, layout, changes):
-    """To what bf16 keeps of sums: scales of parts are no coarser than those of wholes, and round alike."""
+    """To what bf16 keeps of sums: scales of parts are no coarser than those of wholes, and round alike. Four bits keep less, and gradients
+    of a part of the features are rounded stochastically by other numbers."""
+    coarser = 4 if precision == "nvfp4" else 1
     config = tiny(layout, precision, **changes)
     found, expected = measure(config=config, layout=layout, rows=rows_of(config), steps=3), one_process(precision)
-    assert found.losses == pytest.approx(expected.losses, rel=2e-3)
-    assert found.norms == pytest.approx(expected.norms, rel=2e-2)
+    assert found.losses == pytest.approx(expected.losses, rel=coarser * 2e-3)
+    assert found.norms == pytest.approx(expected.norms, rel=coarser * 2e-2)
     differences = apart(found, expected)
-    assert max(differences.values()) < 0.1, differences
+    assert max(differences.values()) < coarser * 0.1, differences
 
 
 class Steps(MadeRows):
@@ -123,12 +129,12 @@ def losses(config: RunConfig, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("precision", [FLOAT8[0], *(pytest.param(name, marks=pytest.mark.full) for name in FLOAT8[1:])])
-def test_float8_learns_as_fast_as_bf16(precision: str, world: World):
+def test_few_bits_learn_as_fast_as_bf16(precision: str, world: World):
     """The mean of the last ten losses, after most of what there is to learn has been learned."""
     config = replace(tiny("", precision), train=replace(tiny("", precision).train, micro_batch=ROWS))
     (found,), (expected,) = (world(1, losses, replace(config, precision=name), 60) for name in (precision, "bf16"))
     assert sum(expected[-10:]) < 0.75 * sum(expected[:10]), "or nothing was learned"
-    assert sum(found[-10:]) == pytest.approx(sum(expected[-10:]), rel=0.01)
+    assert sum(found[-10:]) == pytest.approx(sum(expected[-10:]), rel=0.05 if precision == "nvfp4" else 0.01)
 
 
 def watched_step(config: RunConfig) -> tuple[Seen, set[torch.dtype]]:
@@ -169,7 +175,7 @@ def layers_in_float8(config: RunConfig, caplog: pytest.LogCaptureFixture) -> tup
     """The linear layers of the blocks that are converted, and what is logged."""
     with torch.device("meta"):
         model = config.model.build()
-    recipe = float8_recipe(PRECISIONS[config.precision], config.float8)
+    recipe = low_precision(PRECISIONS[config.precision], config.float8)
     assert recipe is not None
     before = {name: module.forward for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     caplog.clear()
