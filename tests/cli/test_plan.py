@@ -116,7 +116,7 @@ def test_a_simulated_step_is_written_beside_a_measured_one(cluster: Path, tmp_pa
 
 def test_a_run_in_float8_is_refused_for_devices_without_it(cluster: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "debug", "--cluster", str(cluster), "--precision=float8_tensorwise", "--layout", "fsdp2"]) != 0
-    assert "float8 products need an NVIDIA GPU" in capsys.readouterr().err
+    assert "tensorwise products need an NVIDIA GPU" in capsys.readouterr().err
     words = ["debug", "--cluster", "dgx_h100", "--gpus", "2", "--precision=float8_tensorwise", "--float8.gather=float8"]
     assert main(["plan", *words]) != 0
     assert "plan with float8.gather=bf16" in capsys.readouterr().err

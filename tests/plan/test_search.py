@@ -283,9 +283,9 @@ def test_what_explains_nothing_by_itself_is_said_to_be_a_little_of_each():
 def test_why_nothing_could_be_traced_is_logged(caplog: pytest.LogCaptureFixture):
     search = search_of(space_of(1, {}))
     one = search.estimate(next(iter(search.space)))
-    cannot = replace(one, config=replace(one.config, precision="float8_blockwise"))
+    cannot = replace(one, config=replace(one.config, precision="mxfp8"))
     assert trace_all([cannot], search.cluster, 1, 60) == []
-    assert "fsdp1 could not be traced: precision=float8_blockwise: products of 1 x 128" in caplog.text
+    assert "fsdp1 could not be traced: precision=mxfp8: mxfp8 products need" in caplog.text
 
 
 def test_the_best_options_are_traced_in_processes_of_their_own():

@@ -118,8 +118,8 @@ def experts_twice(right):
 
 
 def no_decay(right):
-    def wrong(self, parameters, groups, config, device):
-        right(self, parameters, groups, replace(config, weight_decay=0.0), device)
+    def wrong(self, parameters, places, groups, config, device):
+        right(self, parameters, places, groups, replace(config, weight_decay=0.0), device)
 
     return wrong
 
