@@ -80,7 +80,7 @@ class LowPrecision:
 
 
 def low_precision(dtypes: Precision, config: Float8Config) -> LowPrecision | None:
-    """How a precision's linear layers multiply; None where as it computes elsewhere. Raises ConfigError for a setting that says nothing."""
+    """How a precision's linear layers multiply; None where as everything does. Raises ConfigError for a setting that says nothing."""
     if dtypes.scaling is None:
         said = next((name for name, value in vars(config).items() if value != getattr(Float8Config(), name)), None)
         if said:

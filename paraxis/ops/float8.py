@@ -107,11 +107,10 @@ def quantise(parts: Sequence[Tensor], dtype: torch.dtype, block: Block, dim: int
     """Parts [r, k] joined along `dim`, as an operand; `inverse` where the scales are known already."""
     if inverse is None:
         largest = [_largest(part, block) for part in parts]
-        joined = _joined(largest, dim) if block[dim] else torch.stack(largest).amax(0)
-        inverse = inverse_scale(joined, dtype)
+        inverse = inverse_scale(joined(largest, dim) if block[dim] else torch.stack(largest).amax(0), dtype)
     own = inverse.split([part.shape[dim] // block[dim] for part in parts], dim) if block[dim] else [inverse] * len(parts)
     values = [_cast(part, block, scale.reciprocal(), dtype) for part, scale in zip(parts, own, strict=True)]
-    return Operand(_joined(values, dim).contiguous(), inverse)
+    return Operand(joined(values, dim).contiguous(), inverse)
 
 
 def _cast(x_rk: Tensor, block: Block, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,7 +118,8 @@ def _cast(x_rk: Tensor, block: Block, scale: Tensor, dtype: torch.dtype) -> Tens
     return (_blocks(x_rk, block).float() * scale[:, None, :, None]).to(dtype).flatten(2, 3).flatten(0, 1)
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Parts one behind another along `dim`; one alone is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
@@ -226,14 +226,14 @@ def _cast_weights(weights: Sequence[Tensor], block: Block) -> Operand:
     """Weights [o, i] below one another. Those that were gathered in float8 have one scale already."""
     if isinstance(weights[0], Float8Weight):
         values, inverses = zip(*map(float8_parts, weights), strict=True)
-        return Operand(_joined(values, 0), inverses[0])
+        return Operand(joined(values, 0), inverses[0])
     return quantise(weights, torch.float8_e4m3fn, block)
 
 
 def _cast_weights_transposed(weights: Sequence[Tensor], block: Block, inverse: Tensor) -> Operand:
     """Weights [o, i] as [i, all o]; `inverse` is of their scales the other way round."""
     if isinstance(weights[0], Float8Weight):
-        return Operand(_joined([float8_parts(weight)[0].t() for weight in weights], 1).contiguous(), inverse)
+        return Operand(joined([float8_parts(weight)[0].t() for weight in weights], 1).contiguous(), inverse)
     known = inverse.t() if block[0] == block[1] else None
     return quantise([weight.t() for weight in weights], torch.float8_e4m3fn, block, 1, known)
 

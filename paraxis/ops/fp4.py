@@ -21,12 +21,11 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
 from paraxis.base.dtypes import LowPrecision
-from paraxis.ops.float8 import in_tiles, power_of_two
+from paraxis.ops.float8 import SMALLEST, in_tiles, joined, power_of_two
 from paraxis.ops.rounding import hashed
 
 GROUP = 16
 LARGEST, LARGEST_SCALE = 6.0, 448.0
-SMALLEST = 2.0**-100  # of a tensor of zeros: as in float8.py
 
 
 class Operand(NamedTuple):
@@ -113,15 +112,8 @@ def fp4_product(
 
 
 @fp4_product.register_fake
-def _(
-    left_rk: Tensor,
-    left_scales: Tensor,
-    left_whole: Tensor,
-    right_ck: Tensor,
-    right_scales: Tensor,
-    right_whole: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(*parts: Any) -> Tensor:
+    left_rk, _, _, right_ck, _, _, dtype = parts
     return left_rk.new_empty((left_rk.shape[0], right_ck.shape[0]), dtype=dtype)
 
 
@@ -143,15 +135,15 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ni: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        weight = quantise(torch.cat(weights), square=True)
+        weight = quantise(joined(weights, 0), square=True)
         ctx.save_for_backward(*quantise(_turned(x_ni.t())), *weights)
         return product(quantise(x_ni), weight, x_ni.dtype).split([weight.shape[0] for weight in weights], dim=1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         codes, scales, whole, *weights = ctx.saved_tensors
-        grad_no = torch.cat(gradients, 1)
-        weight_t = quantise(torch.cat(weights).t(), square=True)
+        grad_no = joined(gradients, 1)
+        weight_t = quantise(joined(weights, 0).t(), square=True)
         grad_x_ni = product(quantise(grad_no, stochastic=True), weight_t, grad_no.dtype)
         grad_t = quantise(_turned(grad_no.t()), stochastic=True)
         grad_weight_oi = product(grad_t, Operand(codes, scales, whole), grad_no.dtype)
@@ -162,5 +154,5 @@ def fp4_linears(x_ni: Tensor, weights: Sequence[Tensor], recipe: LowPrecision) -
     """What each weight [o, i] makes of x [n, i]: [n, o] in x's dtype. x is cast once for all, and they share one product."""
     if torch.is_grad_enabled():
         return _Linears.apply(x_ni, *weights)
-    weight = quantise(torch.cat(list(weights)), square=True)
+    weight = quantise(joined(weights, 0), square=True)
     return product(quantise(x_ni), weight, x_ni.dtype).split([weight.shape[0] for weight in weights], dim=1)

@@ -9,13 +9,13 @@ from paraxis.base.device import Device
 from paraxis.base.dtypes import LowPrecision
 from paraxis.ops import float8, fp4
 
-# Compute capability from which on a GPU has each kind of product, and before which.
-ABLE: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
-    "tensorwise": ((8, 9), (99, 0)),
-    "rowwise": ((9, 0), (99, 0)),
-    "blockwise": ((9, 0), (10, 0)),
-    "mxfp8": ((10, 0), (99, 0)),
-    "nvfp4": ((10, 0), (99, 0)),
+# Compute capability from which on a GPU has each kind of product, before which, and in words.
+ABLE: dict[str, tuple[tuple[int, int], tuple[int, int], str]] = {
+    "tensorwise": ((8, 9), (99, 0), "8.9 or more (Ada)"),
+    "rowwise": ((9, 0), (99, 0), "9.0 or more (Hopper)"),
+    "blockwise": ((9, 0), (10, 0), "9.0 (Hopper alone)"),
+    "mxfp8": ((10, 0), (99, 0), "10.0 or more (Blackwell)"),
+    "nvfp4": ((10, 0), (99, 0), "10.0 or more (Blackwell)"),
 }
 MOST_OFF = 0.03  # of a product of 384 summands, rounded to bf16; scales in a wrong order make it tens of per cent
 # A small product in which every scale matters: rows, features, summed entries. Blocks of 128 are three and six, so no whole tiles.
@@ -35,17 +35,21 @@ def scaling_problem(recipe: LowPrecision, device: Device) -> str | None:
     """Why this device cannot multiply as the recipe has it, or None. A CPU can, slowly: for tests and small trials."""
     if not device.is_cuda:
         return None
-    least, below = ABLE[recipe.scaling]
+    least, below, needed = ABLE[recipe.scaling]
     if not least <= device.capability < below:
-        until = f", below {below[0]}.{below[1]}" if below[0] < 99 else ""
-        kind = "Hopper" if least == (9, 0) and until else "Blackwell" if least[0] == 10 else "Ada or Hopper"
-        return (
-            f"{recipe.scaling} products need an NVIDIA GPU of compute capability {least[0]}.{least[1]} or more{until} ({kind}), "
-            f"and {device.name} has {device.capability[0]}.{device.capability[1]}"
-        )
-    if device.torch.type == "cuda" and (off := error_of_kernel(recipe, device.torch)) > MOST_OFF:
-        return f"{recipe.scaling} products of this torch ({torch.__version__}) are off by {100 * off:.3g}% on {device.name}"
-    return None
+        has = f"{device.name} has {device.capability[0]}.{device.capability[1]}"
+        return f"{recipe.scaling} products need an NVIDIA GPU of compute capability {needed}, and {has}"
+    return kernel_problem(recipe, device) if device.torch.type == "cuda" else None  # a planner's device has no kernels to try
+
+
+def kernel_problem(recipe: LowPrecision, device: Device) -> str | None:
+    """Why the kernels of this torch cannot be trusted on the device, or None: they refuse a small layer, or are off."""
+    products = f"{recipe.scaling} products of torch {torch.__version__} on {device.name}"
+    try:
+        off = error_of_kernel(recipe, device.torch)
+    except (RuntimeError, ValueError) as error:
+        return f"{products} fail: {str(error).splitlines()[0]}"
+    return f"{products} are off by {100 * off:.3g}%" if not off <= MOST_OFF else None
 
 
 def error_of_kernel(recipe: LowPrecision, device: torch.device) -> float:

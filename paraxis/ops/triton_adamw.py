@@ -15,7 +15,7 @@ HIGH, AGAIN = tl.constexpr(rounding.HIGH), tl.constexpr(rounding.AGAIN)
 
 
 @triton.jit
-def _mix(x):
+def _hashed(x):
     x = (x ^ (x >> 16)) * tl.full((), FACTOR_1, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full((), FACTOR_2, tl.uint32)
     return x ^ (x >> 16)
@@ -36,7 +36,7 @@ def _number(at, offset, inner, middle, middle_stride, outer_stride, DEPTH: tl.co
 @triton.jit
 def _bits(number, key):
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
-    return _mix(low ^ (high * tl.full((), HIGH, tl.uint32)) ^ key)
+    return _hashed(low ^ (high * tl.full((), HIGH, tl.uint32)) ^ key)
 
 
 @triton.jit
@@ -68,12 +68,12 @@ def _step_tile(
     denominator = tl.div_rn(tl.sqrt_rn(mean_square), tl.load(root_correction_2)) + eps
     parameter -= tl.div_rn(tl.div_rn(lr, tl.load(correction_1)) * mean, denominator)
     if ROUNDS:
-        key = _mix(_mix(tl.load(updates).to(tl.uint32)) ^ salt.to(tl.uint32))
+        key = _hashed(_hashed(tl.load(updates).to(tl.uint32)) ^ salt.to(tl.uint32))
         bits = _bits(_number(at, offset, inner, middle, middle_stride, outer_stride, DEPTH), key)
         if m.dtype.element_ty == tl.bfloat16:
             mean, mean_square = _rounded(mean, bits), _rounded(mean_square, bits >> 16)
         if p.dtype.element_ty == tl.bfloat16:
-            parameter = _rounded(parameter, _mix(bits ^ tl.full((), AGAIN, tl.uint32)))
+            parameter = _rounded(parameter, _hashed(bits ^ tl.full((), AGAIN, tl.uint32)))
     mask = at < tl.where(tl.load(found_inf) == 1, 0, n)  # for the writes alone: no read waits for it
     tl.store(p + at, parameter, mask=mask)
     tl.store(m + at, mean, mask=mask)

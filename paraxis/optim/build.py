@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from paraxis.base.device import Device
-from paraxis.base.layout import Box, whole_box
+from paraxis.base.layout import Box
 from paraxis.ops.adamw import has_kernel, step_adamw
 from paraxis.ops.rounding import Place, place_of
 from paraxis.optim.config import OptimConfig
@@ -199,19 +199,16 @@ def _rule(parameter: Tensor, config: OptimConfig, device: Device) -> str:
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
     global_shapes: Mapping[str, Sequence[int]],
+    boxes: Mapping[str, Box],
     config: OptimConfig,
     device: Device,
-    boxes: Mapping[str, Box] | None = None,
-    seed: int = 0,
+    seed: int,
 ) -> Optimizer:
     """The optimizer that `config` names, over the parts in `parameters` (name -> plain local tensor, possibly empty).
 
-    `global_shapes` has the uncut shape of every parameter of the model, so that groups do not depend on the layout; `boxes` (all of each,
-    where left out) says which part each is, so that rounding does not, of which `seed` decides.
+    `global_shapes` has the uncut shape of every parameter of the model, so that groups do not depend on the layout; `boxes` says which part
+    of it each of `parameters` is, so that stochastic rounding, of which `seed` decides, does not either.
     Raises ConfigError when a pattern of `optim.no_decay` matches no parameter.
     """
-    whole = {name: whole_box(tuple(parameter.shape)) for name, parameter in parameters.items()}
-    places = {
-        name: place_of(name, global_shapes[name] if boxes else box.sizes, box, seed) for name, box in (boxes or whole).items() if box.numel
-    }
+    places = {name: place_of(name, global_shapes[name], box, seed) for name, box in boxes.items() if box.numel}
     return Optimizer(parameters, places, group_names(global_shapes, config), config, device)

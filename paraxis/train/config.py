@@ -76,7 +76,8 @@ class RunConfig:
     precision: Annotated[
         str,
         "fp64, fp32, bf16 (computes in bf16; keeps weights, gradients and optimizer state in fp32), bf16_weights (keeps those in bf16 too, "
-        "rounded stochastically), or bf16 with the blocks' linear layers in float8: float8_tensorwise, float8_rowwise, float8_blockwise",
+        "rounded stochastically), or bf16 with the blocks' linear layers in eight or four bits: float8_tensorwise, float8_rowwise, "
+        "float8_blockwise, and on Blackwell mxfp8, nvfp4",
     ] = "bf16"
     float8: Float8Config = field(default_factory=Float8Config)
     attention: Annotated[str, "attention kernel: auto, or one by name (reference, sdpa, cudnn, flash, flex)"] = "auto"

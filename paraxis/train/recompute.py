@@ -132,7 +132,7 @@ def tabulate_stage(config: RunConfig, mesh: Mesh, strategy: Strategy, model: nn.
 
 
 def _peak(device: Device, strategy: Strategy) -> float:
-    known = peak_flops(device.name, strategy.precision.name) if device.is_cuda else None
+    known = peak_flops(device.name, strategy.precision.products) if device.is_cuda else None
     return known or NOMINAL_FLOPS
 
 

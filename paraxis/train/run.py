@@ -125,9 +125,9 @@ def assemble(config: RunConfig, world: World, rows: Rows, held_out: Rows | None)
     optimizer = build_optimizer(
         {shard.placed.name: shard.local for shard in trained},
         {name: tuple(parameter.shape) for name, parameter in whole.named_parameters() if parameter.requires_grad},
+        {shard.placed.name: shard.placed.stored for shard in trained},
         config.optim,
         world.device,
-        {shard.placed.name: shard.placed.stored for shard in trained},
         config.train.seed,
     )
     routers = {name: layer for model in models.values() for name, layer in routed_layers(model).items()}

@@ -1,7 +1,7 @@
 """LowPrecision products: held to dequantised products in fp32, forward and backward, for each way of scaling."""
 
 from itertools import product as product_of
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from paraxis.ops.float8 import (
     quantise,
     reference_product,
 )
-from paraxis.ops.lowp import MOST_OFF, error_of_kernel, scaled_linears, scaling_problem
+from paraxis.ops.lowp import MOST_OFF, error_of_kernel, kernel_problem, scaled_linears, scaling_problem
 from paraxis.parallel.world import this_device
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -239,6 +239,22 @@ def test_a_kernel_that_multiplies_wrongly_is_refused_before_a_run_trusts_it(scal
 
     monkeypatch.setattr(lowp, "scaled_linears", wrong)
     assert error_of_kernel(recipe(scaling), own) > 10 * MOST_OFF
+
+
+def test_a_kernel_that_fails_or_is_off_is_told_with_the_device(monkeypatch):
+    gpu = Pretended("cuda", 0, "some GPU", 0, (9, 0))
+    own = recipe("blockwise")
+    assert kernel_problem(own, gpu) is None
+    monkeypatch.setattr(lowp, "error_of_kernel", lambda *_: 0.5)
+    assert "some GPU are off by 50%" in str(kernel_problem(own, gpu))
+    monkeypatch.setattr(lowp, "error_of_kernel", lambda *_: float("nan"))
+    assert "some GPU are off by nan%" in str(kernel_problem(own, gpu))
+
+    def failing(*_: Any) -> float:
+        raise RuntimeError("Invalid scaling configuration\nand more")
+
+    monkeypatch.setattr(lowp, "error_of_kernel", failing)
+    assert str(kernel_problem(own, gpu)).endswith("some GPU fail: Invalid scaling configuration")
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(128, 4), (128, 5), (3, 1), (300, 9)])

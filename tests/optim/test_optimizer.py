@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from paraxis.base.device import CPU, Device
-from paraxis.base.layout import Box
+from paraxis.base.layout import Box, whole_box
 from paraxis.optim.build import Optimizer, build_optimizer
 from paraxis.optim.config import OptimConfig
 
@@ -49,7 +49,11 @@ def give_gradients(parameters: dict[str, nn.Parameter], step: int, value: float 
 
 def built(parameters: dict[str, nn.Parameter], config: OptimConfig, device: Device) -> Optimizer:
     shapes = {name: (7, *parameter.shape[1:]) for name, parameter in parameters.items()}
-    return build_optimizer(parameters, shapes, config, device)
+    return build_optimizer(parameters, shapes, whole(parameters), config, device, seed=0)
+
+
+def whole(parameters: dict[str, nn.Parameter]) -> dict[str, Box]:
+    return {name: whole_box(tuple(parameter.shape)) for name, parameter in parameters.items()}
 
 
 def torchs(parameters: dict[str, nn.Parameter], config: OptimConfig, **how: bool) -> torch.optim.Optimizer:
@@ -131,7 +135,7 @@ def test_in_bf16_a_step_is_torchs_in_fp32_rounded_to_one_of_two_neighbours(devic
 def test_updates_too_small_for_bf16_move_weights_all_the_same(device):
     """Each of 64 steps moves a weight of 1 by a sixteenth of the distance to its neighbour below, so that all of them move it by four."""
     parameters = {"norm.weight": nn.Parameter(torch.ones(4096, dtype=torch.bfloat16, device=device.torch))}
-    optimizer = build_optimizer(parameters, {"norm.weight": (4096,)}, CONFIGS["adamw"], device)
+    optimizer = build_optimizer(parameters, {"norm.weight": (4096,)}, whole(parameters), CONFIGS["adamw"], device, seed=0)
     for _ in range(64):
         give_gradients(parameters, 0, 1.0)
         optimizer.step(2**-8 / 16)
@@ -155,14 +159,14 @@ def test_a_rank_rounds_its_part_as_one_process_rounds_the_whole(device, config):
     ):
         part = box.slices_within(Box((0, 0, 0), shape))
         parameters = {"up.weight": nn.Parameter(value[part].clone(memory_format=torch.contiguous_format))}
-        optimizer = build_optimizer(parameters, {"up.weight": shape}, config, device, {"up.weight": box}, seed=3)
+        optimizer = build_optimizer(parameters, {"up.weight": shape}, {"up.weight": box}, config, device, seed=3)
         for grad in grads:
             parameters["up.weight"].grad = grad[part].clone()
             optimizer.step(1e-2)
         found.append((part, everything(parameters, optimizer)))
-    (_, whole), *parts = found
+    (_, undivided), *parts = found
     for part, held in parts:
-        assert_bitwise(held, {name: tensor[part] if tensor.ndim else tensor for name, tensor in whole.items()})
+        assert_bitwise(held, {name: tensor[part] if tensor.ndim else tensor for name, tensor in undivided.items()})
 
 
 @every_optimizer
@@ -304,7 +308,7 @@ def assert_bits_are_the_cpus(device: Device) -> None:
         value = torch.full((3, 4099), 1 + 2**-8, device=on.torch)
         parameters = {"up.weight": nn.Parameter(value)}
         box = Box((2**31, 5), (3, 4099))  # beyond 2^32 entries
-        optimizer = build_optimizer(parameters, {"up.weight": (2**31 + 3, 5000)}, BF16_STATE, on, {"up.weight": box})
+        optimizer = build_optimizer(parameters, {"up.weight": (2**31 + 3, 5000)}, {"up.weight": box}, BF16_STATE, on, seed=0)
         for tensors in optimizer.state().values():
             tensors["up.weight"].fill_(1 + 2**-7)
         parameters["up.weight"].grad = torch.full_like(value, 1 + 2**-8)

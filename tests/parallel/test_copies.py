@@ -62,7 +62,9 @@ def test_copies_follow_whatever_writes_into_masters():
         assert shard.local.grad.dtype == torch.float32
     parameters = {shard.placed.name: shard.local for shard in shards}
     before = [shard.local.detach().clone() for shard in shards]
-    build_optimizer(parameters, {name: tuple(p.shape) for name, p in parameters.items()}, OptimConfig(lr=0.1), CPU).step(0.1)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    boxes = {name: whole_box(shape) for name, shape in shapes.items()}
+    build_optimizer(parameters, shapes, boxes, OptimConfig(lr=0.1), CPU, seed=0).step(0.1)
     torch.autograd.graph.increment_version([shard.local for shard in shards])  # as train_step does after a fused optimizer
     assert not any(torch.equal(was, shard.local) for was, shard in zip(before, shards, strict=True))
     assert follows()

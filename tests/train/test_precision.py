@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from paraxis.base.errors import ConfigError
+from paraxis.optim.config import OptimConfig
 from paraxis.parallel.grads import sum_copies
 from paraxis.recipes import RECIPES
 from paraxis.train.config import RunConfig
@@ -182,3 +184,21 @@ def test_gradients_of_micro_batches_add_up_in_fp32(layout: str, reduce: str, wor
             assert accumulated.dtype == torch.float32
             difference = float((accumulated - summed).abs().max() / summed.abs().max())
             assert difference < 1e-5, f"{name}: {difference:g}, where bf16 would give about 1e-3"
+
+
+@pytest.mark.parametrize("layout", ["", "fsdp2"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.float32), ("bf16_weights", torch.bfloat16)])
+def test_gradients_are_kept_in_the_dtype_of_weights(layout: str, precision: str, dtype: torch.dtype, world: World):
+    config, rows = tiny(layout, precision)
+    for gradients in world(config.parallel.degrees.ranks, accumulated_and_summed, config, rows):
+        assert {accumulated.dtype for _, accumulated, _ in gradients} == {dtype}
+
+
+def test_what_cannot_be_stored_in_bf16_is_refused():
+    config, _ = tiny("")
+    with pytest.raises(ConfigError, match=r"precision=bf16_weights keeps weights in bf16.*use adamw"):
+        replace(config, precision="bf16_weights", optim=OptimConfig(name="sgd"))
+    with pytest.raises(ConfigError, match=r"optim.state=bf16 has AdamW computed in fp32.*use optim.state=as_weights"):
+        replace(config, precision="fp64", optim=OptimConfig(state="bf16"))
+    with pytest.raises(ConfigError, match=r"optim.state=bf16 is read by optim.name=adamw only"):
+        OptimConfig(name="sgd", state="bf16")

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from paraxis.base.axes import Degrees
+from paraxis.base.device import Device
+from paraxis.base.dtypes import PRECISIONS
 from paraxis.base.errors import ConfigError
 from paraxis.base.replaced import replaced
-from paraxis.base.strategy import RematConfig
+from paraxis.base.strategy import RematConfig, Strategy
 from paraxis.data.config import DataConfig
 from paraxis.models.llama import LlamaConfig
 from paraxis.models.qwen3 import Qwen3MoEConfig
@@ -118,3 +121,9 @@ def test_what_a_budget_cannot_mean_is_refused():
     with pytest.raises(WorldError, match=r"remat\.budget=auto needs a GPU"):
         choices_of(replace(config_of(DENSE, 0), remat=RematConfig(mode="budget")))
     assert choices_of(replace(config_of(DENSE, 0), remat=RematConfig(mode="auto"))) == [[]]  # on a CPU: everything is kept
+
+
+@pytest.mark.parametrize(("name", "tflops"), [("bf16", 989.4), ("bf16_weights", 989.4), ("float8_rowwise", 1978.9)])
+def test_what_is_computed_again_is_priced_by_the_peak_of_the_precisions_products(name: str, tflops: float):
+    gpu = Device("cuda", 0, "NVIDIA H200", 0, (9, 0))
+    assert recompute._peak(gpu, Strategy(degrees=Degrees(), precision=PRECISIONS[name])) == pytest.approx(tflops * 1e12)
