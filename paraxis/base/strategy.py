@@ -10,6 +10,9 @@ from paraxis.base.layout import IDLE
 
 ContextKind = Literal["auto", "ring", "ulysses", "usp", "allgather"]
 
+# Large enough for matrix products at full speed, small enough that 128k logits of so many tokens are half a GiB in bf16.
+LOSS_TOKENS = 2048
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -132,4 +135,5 @@ class Strategy:
     async_tp: bool = False
     reshard: bool = True
     reduce_each_micro_batch: bool = False
+    loss_tokens: int = LOSS_TOKENS  # whose logits are in memory at a time; 0: all
     half_travels: bool = False  # gradients are summed in the reduce dtype where they arrive, not on their way

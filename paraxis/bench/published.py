@@ -146,7 +146,7 @@ def of_megatron(model: gpt.GPTConfig, degrees: Mapping[str, int], micro_batch: i
 
 
 def titan(table: Mapping[str, Any]) -> Iterator[Published]:
-    """TorchTitan's report: Llama 3.1 8B under FSDP."""
+    """TorchTitan's report: Llama 3.1 8B under FSDP, the logits of a whole micro-batch in memory at once."""
     model, seq_len, rows = llama.llama3_8b(), table["seq"], table["local_batch"]
     for row in table["rows"]:
         how = ["compiled" if row["compile"] else "eager", *(["float8"] if row["fp8"] else [])]
@@ -160,7 +160,7 @@ def titan(table: Mapping[str, Any]) -> Iterator[Published]:
             config=RunConfig(
                 model=model,
                 data=DataConfig(seq_len=seq_len),
-                train=TrainConfig(micro_batch=rows),
+                train=TrainConfig(micro_batch=rows, loss_tokens=0),
                 parallel=ParallelConfig(**parse_layout(degrees)),  # type: ignore[arg-type]
                 remat=RematConfig(mode="selective"),
                 compile="inductor" if row["compile"] else "none",

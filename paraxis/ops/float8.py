@@ -48,22 +48,55 @@ SMALLEST = 2.0**-100
 _EXPONENT = -0x800000  # sign and exponent of an fp32 number, as a mask of its bits
 
 
-# An operator of its own: as one of the steps that a compiler fuses, what it writes the other way round is scattered by the byte.
-@torch.library.custom_op("paraxis::transposed_float8", mutates_args=())
-def _transposed(values_rk: Tensor) -> Tensor:
-    """float8 [r, k], row-major, as row-major [k, r]."""
-    if not values_rk.is_cuda:
-        return values_rk.t().contiguous()
-    from paraxis.ops.triton_transpose import transpose_bytes  # only a CUDA build of torch brings Triton
+# Operators of their own: as steps that a compiler fuses with others, what they write the other way round is scattered by the byte.
+@torch.library.custom_op("paraxis::cast_both_ways", mutates_args=())
+def _cast_both_ways(parts: Sequence[Tensor], scale_r: Tensor, scale_k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Parts [r, k] beside one another in float8, every row times its scale [r, 1]; and [all k, r], every column times its own [k, 1].
+    One scale [1, 1] stands for all."""
+    if not scale_r.is_cuda:
+        return joined([_scaled(part, scale_r, dtype) for part in parts], 1), _scaled(joined([part.t() for part in parts], 0), scale_k, dtype)
+    from paraxis.ops.triton_cast import cast_tiles  # only a CUDA build of torch brings Triton
 
-    y_kr = values_rk.new_empty(values_rk.shape[::-1])
-    transpose_bytes(values_rk.view(torch.uint8), y_kr.view(torch.uint8))
+    rows, columns = parts[0].shape[0], [part.shape[1] for part in parts]
+    along, across = _empty_both_ways(parts, dtype)
+    own_k = scale_k.split(columns) if scale_k.numel() > 1 else [scale_k] * len(parts)
+    for part, scale, along_rk, across_kr in zip(parts, own_k, along.split(columns, 1), across.split(columns), strict=True):
+        cast_tiles(part, scale_r, scale, along_rk, across_kr)
+    return along, across
+
+
+@_cast_both_ways.register_fake
+def _(parts: Sequence[Tensor], scale_r: Tensor, scale_k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _empty_both_ways(parts, dtype)
+
+
+def _empty_both_ways(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = parts[0].shape[0], sum(part.shape[1] for part in parts)
+    return parts[0].new_empty(shape, dtype=dtype), parts[0].new_empty(shape[::-1], dtype=dtype)
+
+
+@torch.library.custom_op("paraxis::transposed_float8", mutates_args=())
+def _transposed(parts: Sequence[Tensor]) -> Tensor:
+    """Parts [r, k] of float8 below one another, the other way round: [k, all r]."""
+    if not parts[0].is_cuda:
+        return joined([part.t() for part in parts], 1).contiguous()
+    from paraxis.ops.triton_cast import transpose_bytes
+
+    y_kr = parts[0].new_empty(parts[0].shape[1], sum(part.shape[0] for part in parts))
+    own = y_kr.view(torch.uint8).split([part.shape[0] for part in parts], 1)
+    for part, y in zip(parts, own, strict=True):
+        transpose_bytes(part.contiguous().view(torch.uint8), y)
     return y_kr
 
 
 @_transposed.register_fake
-def _(values_rk: Tensor) -> Tensor:
-    return values_rk.new_empty(values_rk.shape[::-1])
+def _(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].new_empty(parts[0].shape[1], sum(part.shape[0] for part in parts))
+
+
+def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nothing is clamped: no scaled entry exceeds the format's range, and an infinite one shall not look finite."""
+    return (x.float() * scale).to(dtype).contiguous()
 
 
 class Operand(NamedTuple):
@@ -73,10 +106,6 @@ class Operand(NamedTuple):
 
     values: Tensor
     inverse: Tensor
-
-    def transposed(self) -> "Operand":
-        """The same numbers the other way round, where a block is as good either way."""
-        return Operand(_transposed(self.values), self.inverse.t())
 
 
 def _blocks(x_rk: Tensor, block: Block) -> Tensor:
@@ -106,16 +135,20 @@ def power_of_two(x: Tensor) -> Tensor:
 def quantise(parts: Sequence[Tensor], dtype: torch.dtype, block: Block, dim: int = 0, inverse: Tensor | None = None) -> Operand:
     """Parts [r, k] joined along `dim`, as an operand; `inverse` where the scales are known already."""
     if inverse is None:
-        largest = [_largest(part, block) for part in parts]
-        inverse = inverse_scale(joined(largest, dim) if block[dim] else torch.stack(largest).amax(0), dtype)
+        inverse = _inverse_of(parts, dtype, block, dim)
     own = inverse.split([part.shape[dim] // block[dim] for part in parts], dim) if block[dim] else [inverse] * len(parts)
     values = [_cast(part, block, scale.reciprocal(), dtype) for part, scale in zip(parts, own, strict=True)]
     return Operand(joined(values, dim).contiguous(), inverse)
 
 
+def _inverse_of(parts: Sequence[Tensor], dtype: torch.dtype, block: Block, dim: int) -> Tensor:
+    """What undoes the scales of parts [r, k] joined along `dim`."""
+    largest = [_largest(part, block) for part in parts]
+    return inverse_scale(joined(largest, dim) if block[dim] else torch.stack(largest).amax(0), dtype)
+
+
 def _cast(x_rk: Tensor, block: Block, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nothing is clamped: no scaled entry exceeds the format's range, and an infinite one shall not look finite."""
-    return (_blocks(x_rk, block).float() * scale[:, None, :, None]).to(dtype).flatten(2, 3).flatten(0, 1)
+    return _scaled(_blocks(x_rk, block), scale[:, None, :, None], dtype).flatten(2, 3).flatten(0, 1)
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -123,12 +156,15 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def both_ways(parts: Sequence[Tensor], dtype: torch.dtype, block: Block, dim: int = 0) -> tuple[Operand, Operand]:
-    """The parts joined along `dim`, and the transpose of that; each with scales of its own where blocks are not square."""
-    along = quantise(parts, dtype, block, dim)
-    if block[0] == block[1]:
-        return along, along.transposed()
-    return along, quantise([part.t() for part in parts], dtype, block, 1 - dim)
+def both_ways(parts: Sequence[Tensor], dtype: torch.dtype, block: Block) -> tuple[Operand, Operand]:
+    """Parts [r, k] beside one another, and the transpose of that; each with scales of its own where blocks are not square."""
+    turned = [part.t() for part in parts]
+    if block not in (WHOLE, ROW):
+        return quantise(parts, dtype, block, 1), quantise(turned, dtype, block, 0)
+    inverse_r = _inverse_of(parts, dtype, block, 1)
+    inverse_k = inverse_r if block == WHOLE else _inverse_of(turned, dtype, block, 0)
+    along_rk, across_kr = _cast_both_ways(parts, inverse_r.reciprocal(), inverse_k.reciprocal(), dtype)
+    return Operand(along_rk, inverse_r), Operand(across_kr, inverse_k)
 
 
 def dequantise(operand: Operand) -> Tensor:
@@ -233,7 +269,7 @@ def _cast_weights(weights: Sequence[Tensor], block: Block) -> Operand:
 def _cast_weights_transposed(weights: Sequence[Tensor], block: Block, inverse: Tensor) -> Operand:
     """Weights [o, i] as [i, all o]; `inverse` is of their scales the other way round."""
     if isinstance(weights[0], Float8Weight):
-        return Operand(joined([float8_parts(weight)[0].t() for weight in weights], 1).contiguous(), inverse)
+        return Operand(_transposed([float8_parts(weight)[0] for weight in weights]), inverse)
     known = inverse.t() if block[0] == block[1] else None
     return quantise([weight.t() for weight in weights], torch.float8_e4m3fn, block, 1, known)
 
@@ -259,7 +295,7 @@ class _Linears(torch.autograd.Function):
         x_values, x_inverse, inverse, *weights = ctx.saved_tensors
         recipe, sizes = ctx.recipe, [weight.shape[0] for weight in weights]
         of_tokens, of_weights = BLOCKS[recipe.scaling]
-        grad, grad_t = both_ways(gradients, recipe.gradient, of_tokens, dim=1)
+        grad, grad_t = both_ways(gradients, recipe.gradient, of_tokens)
         weight_t = _cast_weights_transposed(weights, of_weights, inverse)
         grad_x_ni = product(grad, weight_t, weights[0].dtype, fast=recipe.fast_gradients)
         grad_weight_oi = product(grad_t, Operand(x_values, x_inverse), weights[0].dtype, fast=recipe.fast_gradients)

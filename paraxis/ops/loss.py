@@ -16,9 +16,7 @@ from torch.nn import functional as F
 
 from paraxis.base.dtypes import at_least_fp32
 from paraxis.base.seams import IGNORE
-
-# Large enough for matrix products at full speed, small enough that 128k logits of a chunk are half a GiB in bf16.
-CHUNK_TOKENS = 2048
+from paraxis.base.strategy import LOSS_TOKENS
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -76,12 +74,12 @@ def chunked_head_loss(
     weight_vm: Tensor,
     targets_bt: Tensor,
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int = LOSS_TOKENS,
     compiled: bool = False,
     first: int = 0,
     merge: Merge | None = None,
 ) -> Tensor:
-    """The summed loss, a scalar of at least fp32, holding the logits of `chunk_tokens` tokens at a time.
+    """The summed loss, a scalar of at least fp32, holding the logits of `chunk_tokens` tokens at a time (0: of all).
 
     Gradients are made during forward, while a chunk's logits are there, so that they are computed only once.
     With `compiled` the work between matrix products is fused into two kernels; without, it is in place, with one exponential an entry.
@@ -100,8 +98,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         loss = x_nm.new_zeros((), dtype=accumulate)
         grad_x = torch.empty_like(x_nm, memory_format=torch.contiguous_format) if wants_x else None
         grad_weight = torch.zeros_like(weight_vm, dtype=accumulate) if wants_weight else None
-        for start in range(0, x_nm.shape[0], chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
+        at_once = chunk_tokens or x_nm.shape[0]
+        for start in range(0, x_nm.shape[0], at_once):
+            chunk = slice(start, start + at_once)
             x, targets = x_nm[chunk], targets_n[chunk]
             logits, largest = x @ weight_vm.t(), None
             if compiled:

@@ -45,9 +45,9 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill, ke
     }
     shard_tensors(model, layout, placed, mesh, sequence=strategy.sequence_parallel, overlap=strategy.async_tp)
     if isinstance(model, HasHeadLoss):
-        fused = strategy.compile == "inductor"
-        split = partial(VocabularyParallelLoss, mesh.tp, sequence=strategy.sequence_parallel, compiled=fused)
-        model.use_head_loss(split() if degrees.tp > 1 else partial(chunked_head_loss, compiled=fused))
+        how: Any = {"chunk_tokens": strategy.loss_tokens, "compiled": strategy.compile == "inductor"}
+        split = partial(VocabularyParallelLoss, mesh.tp, sequence=strategy.sequence_parallel, **how)
+        model.use_head_loss(split() if degrees.tp > 1 else partial(chunked_head_loss, **how))
     products: list[list[str]] = []
     if strategy.low_precision is not None:
         products = convert_linears(model, layout, strategy.low_precision)  # after tensor parallelism, whose parts are what is multiplied

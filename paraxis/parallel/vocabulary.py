@@ -3,6 +3,8 @@
 Source: Shoeybi et al. 2019 (Megatron-LM), section 3: only two numbers a token cross ranks, never logits.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,13 +19,14 @@ class VocabularyParallelLoss:
     Their x is [b, t/n, m] under `sequence` parallelism, else [b, t, m], of whose gradient each rank then makes a summand.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, sequence: bool, compiled: bool) -> None:
-        self.group, self.sequence, self.compiled = group, sequence, compiled
+    def __init__(self, group: dist.ProcessGroup, *, sequence: bool, chunk_tokens: int, compiled: bool) -> None:
+        self.group, self.sequence = group, sequence
+        self.loss = partial(chunked_head_loss, chunk_tokens=chunk_tokens, compiled=compiled)
 
     def __call__(self, x_btm: Tensor, weight_vm: Tensor, targets_bt: Tensor) -> Tensor:
         first = self.group.rank() * weight_vm.shape[0]
         whole_btm = gather_sequence(x_btm, self.group) if self.sequence else x_btm
-        return chunked_head_loss(whole_btm, weight_vm, targets_bt, compiled=self.compiled, first=first, merge=self._merge)
+        return self.loss(whole_btm, weight_vm, targets_bt, first=first, merge=self._merge)
 
     def _merge(self, lse_n: Tensor, picked_n: Tensor) -> tuple[Tensor, Tensor]:
         largest_n = max_over(lse_n.clone(), self.group)

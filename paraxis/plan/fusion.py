@@ -2,8 +2,9 @@
 
 The rule, which is Inductor's in outline: elementwise operators and reductions that touch a common tensor, with no product, attention or
 exchange on the way from one to the other, are one kernel. It reads each tensor from outside once, writes what is used outside once, and
-starts once; what is used inside alone is never in memory. Inductor makes two kernels of some of these, where the dimensions that are
-reduced differ or a kernel would grow too large.
+starts once; what is used inside alone is never in memory. What is reduced to one number, such as the scale of a float8 tensor, is known
+only when all has been read: what uses it is another kernel, and reads all again. Inductor makes two kernels of some more of these, where
+the dimensions that are reduced differ or a kernel would grow too large.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from paraxis.plan.operators import Operator
 
 MERGED = "merged"
+NUMBER_BYTES = 8  # one number has no more
 COMPILED = ("forward", "backward", "between")  # phases whose elementwise work a compiler merges: blocks, and the loss
 
 
@@ -50,7 +52,7 @@ def merged(operators: Sequence[Operator], end: int, last_use: Mapping[int, int])
 
     Operator `end` is the first after the phase: what it or a later one uses has to be written.
 
-    An operator's level counts the products, attentions and exchanges on the longest way to it; operators of one level that touch
+    An operator's level counts the products, attentions, exchanges and reductions to one number on the longest way to it; operators of one level that touch
     a common tensor can always be one kernel, since nothing that one of them needs comes after another.
     """
     level: dict[int, int] = {}
@@ -81,6 +83,9 @@ def merged(operators: Sequence[Operator], end: int, last_use: Mapping[int, int])
         for place in touched:
             kernels[place] = kernel
             level[place] = max(depth, level.get(place, 0))
+        if _to_one_number(operator):
+            for place, _ in operator.writes:
+                level[place] = depth + 1
     for one in order:
         for place in one.reads if isinstance(one, Kernel) else ():
             users.setdefault(place, set()).add(id(one))
@@ -111,6 +116,8 @@ def inlined(operators: Sequence[Operator], end: int, last_use: Mapping[int, int]
             continue
         own = dict(one.writes)
         inner = {v for v in own if last_use[v] < end and all(n == number or _takes(found[n], v) for n in users[v])}
+        if _to_one_number(replace(one, writes=tuple((v, own[v]) for v in inner))):
+            continue
         readers = {n for v in inner for n in users[v] if n != number}
         again = {n: [read for read in one.reads if read[0] not in dict(found[n].reads)] for n in readers}
         spared = sum(own[v] * len(users[v]) for v in inner) + sum(bytes for _, bytes in one.reads) * (len(inner) == len(own))
@@ -125,6 +132,11 @@ def inlined(operators: Sequence[Operator], end: int, last_use: Mapping[int, int]
             gone.add(number)
         found[number] = replace(one, writes=tuple(write for write in one.writes if write[0] not in inner))
     return [one for number, one in enumerate(found) if number not in gone]
+
+
+def _to_one_number(one: Operator) -> bool:
+    """Whether it reads much and leaves a number."""
+    return 0 < sum(bytes for _, bytes in one.writes) <= NUMBER_BYTES < max((bytes for _, bytes in one.reads), default=0)
 
 
 def _takes(one: Operator, place: int) -> bool:

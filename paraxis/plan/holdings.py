@@ -10,7 +10,6 @@ from torch import nn
 from paraxis.base.dtypes import precision
 from paraxis.base.partition import cut_stages
 from paraxis.base.schedules import SCHEDULES, Plan
-from paraxis.ops.loss import CHUNK_TOKENS
 from paraxis.optim.build import state_bytes
 from paraxis.plan.blocks import BlockKind, Matrix, Shape, read_shape
 from paraxis.plan.candidates import Candidate
@@ -164,7 +163,7 @@ class Holdings:
         working = block
         if self.holder(candidate)[-1] == rank:
             rows, width = self.shape(candidate).ends.head
-            chunk = min(tokens, CHUNK_TOKENS) * rows / d.tp * (2 * self.dtypes.compute.itemsize + 4)
+            chunk = self.config.train.tokens_with_logits(tokens) * rows / d.tp * (2 * self.dtypes.compute.itemsize + 4)
             working = max(working, chunk + rows / d.tp * width * (self.dtypes.compute.itemsize + 4))
         flying = in_flight(candidate, rank) / candidate.chunks
         return flying * sum(sizes) + working, block

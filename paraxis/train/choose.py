@@ -47,6 +47,7 @@ def build_strategy(config: RunConfig, world: World, at: Mapping[str, int], stage
         async_tp=config.parallel.async_tp,
         reshard=_reshard(config, degrees, entries, dtypes, world.device),
         reduce_each_micro_batch=_reduce_each(config, stages, entries, dtypes, world.device),
+        loss_tokens=config.train.loss_tokens,
         half_travels=_half_travels(config, degrees, dtypes, world.device),
     )
 

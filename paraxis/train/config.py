@@ -8,7 +8,7 @@ import torch
 from paraxis.base.axes import Degrees
 from paraxis.base.dtypes import Float8Config, low_precision, precision
 from paraxis.base.errors import ConfigError
-from paraxis.base.strategy import CompileMode, ParallelConfig, RematConfig
+from paraxis.base.strategy import LOSS_TOKENS, CompileMode, ParallelConfig, RematConfig
 from paraxis.checkpoint.config import CheckpointConfig
 from paraxis.data.config import DataConfig
 from paraxis.observe.config import MetricsConfig, ProfileConfig
@@ -25,6 +25,7 @@ class TrainConfig:
     seed: Annotated[int, "seed of the initial values and of the data order"] = 0
     global_tokens: Annotated[int, "tokens of one optimizer step over all ranks; 0: what parallel.microbatches says"] = 0
     micro_batch: Annotated[int, "rows a data rank puts through the model at a time"] = 1
+    loss_tokens: Annotated[int, "tokens whose logits are in memory at a time; 0: those of a whole micro-batch"] = LOSS_TOKENS
     deterministic: Annotated[bool, "use deterministic kernels only, and refuse operators that have none"] = False
     bad_steps: Annotated[int, "stop after this many steps in a row whose loss or gradient was not finite (each is skipped)"] = 5
     init_from: Annotated[
@@ -36,7 +37,7 @@ class TrainConfig:
     sample: Annotated[str, "prompt to continue at the end of the run; empty for none"] = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("micro_batch", 1), ("global_tokens", 0), ("bad_steps", 1)):
+        for name, least in (("steps", 1), ("micro_batch", 1), ("global_tokens", 0), ("loss_tokens", 0), ("bad_steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be {least} or more")
         if not self.init_from and (
@@ -45,6 +46,10 @@ class TrainConfig:
             raise ConfigError(
                 f"train.{idle[0]} is about the weights to begin with, but there are none; set train.init_from, or leave it out"
             )
+
+    def tokens_with_logits(self, tokens: int) -> int:
+        """Of how many tokens there are logits in memory, of a micro-batch of so many."""
+        return min(tokens, self.loss_tokens or tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from paraxis.base.schedule import most_in_flight
 from paraxis.base.seams import Batch
 from paraxis.base.strategy import Strategy
 from paraxis.observe.throughput import peak_flops
-from paraxis.ops.loss import CHUNK_TOKENS
 from paraxis.optim.build import state_bytes
 from paraxis.parallel.apply import Keep
 from paraxis.parallel.knapsack import BlockTable, Choice, choices, fill
@@ -161,7 +160,7 @@ def held_besides(
     compute, reduce, master = dtypes.compute.itemsize, dtypes.reduce.itemsize, dtypes.master.itemsize
     micro_batches = config.rows_per_step(degrees) // (degrees.data_ranks * config.train.micro_batch)
     vocabulary = getattr(config.model, "vocab_size", 0) // degrees.tp
-    tokens = min(CHUNK_TOKENS, config.train.micro_batch * config.data.seq_len // degrees.cp)
+    tokens = config.train.tokens_with_logits(config.train.micro_batch * config.data.seq_len // degrees.cp)
     width = getattr(config.model, "width", 0)
     logits = tokens * vocabulary * (2 * compute + 4) + vocabulary * width * (compute + 4)  # a chunk's, and their weight's gradient
     # A block's gradients are made in one dtype and summed in another, while the next one's are made.

@@ -1,6 +1,12 @@
 """LowPrecision products: held to dequantised products in fp32, forward and backward, for each way of scaling."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
 from itertools import product as product_of
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -298,10 +304,41 @@ def test_on_a_gpu_outputs_and_gradients_are_those_of_the_cpu(scaling):
         assert error(a.cpu(), b) < 1e-2
 
 
+def hold_of_tiles(device: str, shapes: Iterable[tuple[int, int]], *, rounds: bool) -> None:
+    """The kernels write the bytes that the readable casts and transposes do, into parts of wider matrices, for rows that lie apart."""
+    from paraxis.ops.triton_cast import cast_tiles, transpose_bytes
+
+    for (rows, columns), dtype, by_row in product_of(shapes, (E4M3, E5M2), (False, True)):
+        wide = torch.randn(rows, columns + 32, device=device).bfloat16()
+        wide = wide if rounds else (wide.abs().clamp(0.5, 1.5).log2().round().exp2() * 1.25).copysign(wide)
+        part = wide[:, 16:-16]
+        scales = torch.randint(-4, 4, (rows + columns, 1), device=device).float().exp2()
+        scale_r, scale_k = (scales[:rows], scales[rows:]) if by_row else (scales[:1], scales[:1])
+        along, across = (torch.zeros(size, device=device, dtype=dtype) for size in ((rows, columns + 16), (columns, rows + 16)))
+        cast_tiles(part, scale_r, scale_k, along[:, 16:], across[:, :-16])
+        assert along[:, 16:].float().equal((part.float() * scale_r).to(dtype).float())
+        assert across[:, :-16].float().equal((part.t().float() * scale_k).to(dtype).float())
+        assert not along[:, :16].float().any()
+        assert not across[:, -16:].float().any()
+        values = along[:, 16:].contiguous().view(torch.uint8)
+        turned = torch.zeros(columns, rows + 16, device=device, dtype=torch.uint8)
+        transpose_bytes(values, turned[:, 16:])
+        assert turned[:, 16:].equal(values.t())
+        assert not turned[:, :16].any()
+
+
+def hold_in_tritons_interpreter() -> None:
+    """It rounds float8 in a way of its own."""
+    hold_of_tiles("cpu", [(16, 144), (272, 128)], rounds=False)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter runs the kernels")
+def test_casts_by_tiles_are_those_of_the_reference_in_tritons_interpreter():
+    code = "from tests.ops.test_lowp import hold_in_tritons_interpreter; hold_in_tritons_interpreter()"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment, check=True, timeout=300)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(16, 16), (128, 4096), (4096, 1040), (272, 144)], ids=str)
-def test_on_a_gpu_the_transpose_has_the_same_bytes(shape):
-    values = torch.randn(shape, device="cuda").to(E4M3)
-    found = Operand(values, torch.ones(1, 1, device="cuda")).transposed().values
-    assert found.is_contiguous()
-    assert found.view(torch.uint8).equal(values.view(torch.uint8).t())
+def test_on_a_gpu_casts_by_tiles_are_those_of_the_reference():
+    hold_of_tiles("cuda", [(16, 16), (128, 4096), (4096, 1040), (272, 144)], rounds=True)

@@ -148,6 +148,17 @@ def test_a_pipeline_of_equal_stages_has_the_bubble_of_its_schedule(apart: Callab
     assert waits[0] > waits[1] > 1 / 8
 
 
+def test_what_is_reduced_to_one_number_is_known_only_to_the_next_kernel():
+    # largest = x.abs().amax(); y = x * scale(largest): x is read twice, whatever is done with the number between.
+    largest = replace(elementwise([0], []), writes=((1, 4),))
+    scale = replace(elementwise([], []), reads=((1, 4),), writes=((2, 4),))
+    cast = replace(elementwise([], [3]), reads=((0, 100), (2, 4)))
+    chain = [largest, scale, cast]
+    found, _ = merged(chain, len(chain), last_uses(chain))
+    assert [[place for place, _ in one.reads] for one in found] == [[0], [1, 0]]
+    assert sum(bytes for one in inlined(found, len(chain), last_uses(chain)) for _, bytes in one.reads) > 200
+
+
 def test_more_work_takes_longer_and_compiling_less(apart: Callable[..., Any]):
     def steps() -> dict[str, Prediction]:
         changes: dict[str, dict[str, object]] = {
@@ -171,7 +182,7 @@ def test_more_work_takes_longer_and_compiling_less(apart: Callable[..., Any]):
 
 def test_large_products_are_foretold_faster_in_float8(apart: Callable[..., Any]):
     def steps() -> list[float]:
-        settings = {"data.seq_len": 4096, "model.width": 4096, "model.mlp_width": 14336, "model.heads": 32, "model.kv_heads": 8}
+        settings = {"data.seq_len": 16384, "model.width": 4096, "model.mlp_width": 14336, "model.heads": 32, "model.kv_heads": 8}
         return [predicted(2, {**settings, "compile": "inductor", "precision": p}).step_s for p in ("bf16", "float8_tensorwise")]
 
     bf16, float8 = apart(steps)

@@ -92,6 +92,16 @@ def test_ten_steps_of_adamw_follow_the_curve_of_one_process(layout: str, documen
     assert spread.norms == pytest.approx(alone.norms, rel=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["", "tp2", "fsdp2xtp2"])
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_how_many_tokens_have_logits_at_a_time_changes_no_number(tokens: int, layout: str):
+    config = config_of(UNEVEN, precision="fp64")
+    more = replace(config, train=replace(config.train, loss_tokens=tokens))
+    plain, other = (measure(config=one, layout=layout, rows=FewRows(98, SEQ_LEN), steps=3) for one in (config, more))
+    assert other.losses == pytest.approx(plain.losses, rel=1e-12)
+    assert other.norms == pytest.approx(plain.norms, rel=1e-12)
+
+
 @pytest.mark.parametrize("stored", ["bf16 weights", "bf16 state"])
 @pytest.mark.parametrize("layout", covering(LAYOUTS))
 def test_what_is_stored_in_bf16_follows_the_curve_of_one_process(layout: str, stored: str):
