@@ -54,10 +54,11 @@ def _cast_both_ways(parts: Sequence[Tensor], scale_r: Tensor, scale_k: Tensor, d
     """Parts [r, k] beside one another in float8, every row times its scale [r, 1]; and [all k, r], every column times its own [k, 1].
     One scale [1, 1] stands for all."""
     if not scale_r.is_cuda:
-        return joined([_scaled(part, scale_r, dtype) for part in parts], 1), _scaled(joined([part.t() for part in parts], 0), scale_k, dtype)
+        x_rk = joined(parts, 1)
+        return _scaled(x_rk, scale_r, dtype), _scaled(x_rk.t(), scale_k, dtype)
     from paraxis.ops.triton_cast import cast_tiles  # only a CUDA build of torch brings Triton
 
-    rows, columns = parts[0].shape[0], [part.shape[1] for part in parts]
+    columns = [part.shape[1] for part in parts]
     along, across = _empty_both_ways(parts, dtype)
     own_k = scale_k.split(columns) if scale_k.numel() > 1 else [scale_k] * len(parts)
     for part, scale, along_rk, across_kr in zip(parts, own_k, along.split(columns, 1), across.split(columns), strict=True):

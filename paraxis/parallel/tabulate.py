@@ -82,7 +82,7 @@ class _Trace:
     outputs: list[set[int]] = field(default_factory=list)  # the memory that each operator makes
     made: dict[int, _Made] = field(default_factory=dict)
     packed: set[int] = field(default_factory=set)
-    at_costly: set[int] = field(default_factory=set)  # memory that a costly operator reads or makes
+    at_costly: set[int] = field(default_factory=set)  # memory that an operator which no compiler merges with others reads or makes
     alive: list[Tensor] = field(default_factory=list)  # numbers of freed memory are used again
     counts: Counter[str] = field(default_factory=Counter)
     moved_bytes: int = 0
@@ -139,6 +139,8 @@ class _Recorder(TorchDispatchMode):
             for number in inputs if func._schema.is_mutable else ():
                 if number in trace.made:
                     trace.made[number].reach |= reach
+            if func.namespace == "paraxis":  # a kernel of our own: what it makes is there, and not a step inside another one
+                trace.at_costly |= inputs | set(new)
             if new or func._schema.is_mutable:
                 trace.moved_bytes += sum(x.untyped_storage().nbytes() for x in (*read, *outputs))
         else:
@@ -281,7 +283,7 @@ def _table(trace: _Trace, setting: Setting) -> BlockTable:
         whole, moved = packed, trace.moved_bytes
     else:
         required = frozenset[int]().union(*(made[number].reach for number in packed))
-        # Cheap operators are fused into their readers: of their outputs only those stay that costly ones read.
+        # Cheap operators are fused into their readers: of their outputs only those stay that others read.
         behind = frozenset[int]().union(*(made[number].reach for number in packed - trace.at_costly))
         whole = (packed & trace.at_costly).union(*(trace.outputs[number] for number in behind))
         moved = 2 * sum(made[number].bytes for number in (packed & trace.at_costly).difference(*trace.outputs))

@@ -52,8 +52,8 @@ def merged(operators: Sequence[Operator], end: int, last_use: Mapping[int, int])
 
     Operator `end` is the first after the phase: what it or a later one uses has to be written.
 
-    An operator's level counts the products, attentions, exchanges and reductions to one number on the longest way to it; operators of one level that touch
-    a common tensor can always be one kernel, since nothing that one of them needs comes after another.
+    An operator's level counts the products, attentions, exchanges and reductions to one number on the longest way to it; operators of one
+    level that touch a common tensor can always be one kernel, since nothing that one of them needs comes after another.
     """
     level: dict[int, int] = {}
     kernels: dict[int, Kernel] = {}  # by the allocation that they touched, of the running level

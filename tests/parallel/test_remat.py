@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from paraxis.base.dtypes import PRECISIONS, Float8Config, low_precision
 from paraxis.base.seams import Batch, routed_layers
 from paraxis.base.strategy import RematConfig
 from paraxis.models.llama import LlamaConfig
 from paraxis.ops.rope import rope_tables
 from paraxis.parallel.apply import compile_blocks
 from paraxis.parallel.knapsack import BlockTable, Choice, choices, fill
+from paraxis.parallel.lowp import convert_linears
 from paraxis.parallel.remat import Kept, checkpoint_blocks, kept_by
 from paraxis.parallel.tabulate import Setting, rates, tabulate
 
@@ -76,10 +80,10 @@ class Alive(TorchDispatchMode):
         return sum(size for number, size in held.items() if number not in others)
 
 
-def kept_bytes(model: nn.Module, compiled: bool) -> int:
+def kept_bytes(model: nn.Module, compiled: bool, dtype: torch.dtype = torch.float64, width: int = WIDTH) -> int:
     """What the first block holds between its forward and its backward, its input counted."""
-    x = torch.randn(ROWS, LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
-    tables = rope_tables(batch().positions_bt, model.rope, model.rope_width, dtype=torch.float64)
+    x = torch.randn(ROWS, LENGTH, width, dtype=dtype, requires_grad=True)
+    tables = rope_tables(batch().positions_bt, model.rope, model.rope_width, dtype=dtype)
     shared, packed = [*model.parameters(), *tables], {}
 
     def pack(saved: Tensor) -> Tensor:
@@ -113,6 +117,27 @@ def test_a_block_keeps_the_bytes_that_its_table_says(backend: str):
         assert kept_bytes(model_keeping(DENSE, choice.kept, backend), compiled) == choice.bytes, choice
     if not compiled:
         assert kept_bytes(model_keeping(DENSE, None), compiled) == table.whole_bytes == found[-1].bytes
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float8_tensorwise", "float8_rowwise"])
+def test_a_compiled_block_that_keeps_everything_keeps_what_its_table_says(precision: str):
+    """Within 1 %: where two things are as good for backward, a compiler may keep the smaller."""
+    config, recipe = replace(DENSE, width=64, mlp_width=128), low_precision(PRECISIONS[precision], Float8Config())
+
+    def built(device: str) -> nn.Module:
+        with torch.device(device):
+            model = config.build().bfloat16()
+        if recipe is not None:
+            convert_linears(model, model.layout, recipe)
+        return model
+
+    setting = Setting(torch.device("cpu"), torch.bfloat16, (ROWS, LENGTH, 64), rates(1e12), fused=True, opaque=False, spread=False)
+    table = tabulate(built("meta"), batch(), setting, first=True)[0]
+    torch._dynamo.reset()
+    model = built("cpu")
+    # Inductor's choice of what to keep, without its kernels.
+    compile_blocks(model.blocks(), aot_autograd(fw_compiler=nop, partition_fn=min_cut_rematerialization_partition), whole=True)  # type: ignore[arg-type]
+    assert kept_bytes(model, True, torch.bfloat16, 64) == pytest.approx(table.whole_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("backend", ["none", "aot_eager"])
