@@ -53,7 +53,7 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill, ke
         products = convert_linears(model, layout, strategy.low_precision)  # after tensor parallelism, whose parts are what is multiplied
     kept = kept_by(strategy.remat, len(blocks)) if keep is None else keep(model)
     exchange(model, mesh)
-    checkpoint_blocks(blocks, kept)
+    checkpoint_blocks(blocks, kept, lambda block: strategy.compile != "none" and degrees.cp == 1 and not untraceable(block))
     compile_blocks(blocks, strategy.compile, whole=degrees.cp == 1)  # after recomputation, which it then sees; before FSDP's eager hooks
     alone = degrees.shards == degrees.dp == 1 and not strategy.reshard
     if not alone:
@@ -87,10 +87,15 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str, whole: bool) -> No
     if backend == "none":
         return
     for block in blocks:
-        opaque = [module for module in block.modules() if not getattr(module, "traceable", True)]
+        opaque = untraceable(block)
         for module in opaque:
             module.forward = torch.compiler.disable(module.forward)
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=whole and not opaque, dynamic=False)
+
+
+def untraceable(block: nn.Module) -> list[Any]:
+    """The modules of a block that no compiler may look into."""
+    return [module for module in block.modules() if not getattr(module, "traceable", True)]
 
 
 def _filled(parameter: nn.Parameter, stored: nn.Parameter, placed: Placed, fill: Fill) -> Shard:

@@ -4,7 +4,7 @@ Source: Chen et al. 2016, "Training deep nets with sublinear memory cost"; selec
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any, Literal
 
@@ -72,8 +72,8 @@ def kept_by(config: RematConfig, blocks: int) -> list[Kept]:
     return [modes[config.mode] if number % config.every == 0 else None for number in range(blocks)]
 
 
-def checkpoint_blocks(blocks: Sequence[nn.Module], kept: Sequence[Kept]) -> None:
-    """Makes each block recompute in backward what it does not keep."""
+def checkpoint_blocks(blocks: Sequence[nn.Module], kept: Sequence[Kept], traced: Callable[[nn.Module], bool]) -> None:
+    """Makes each block recompute in backward what it does not keep; `traced` says whether it is compiled in one piece afterwards."""
     for block, what in zip(blocks, kept, strict=True):
         if what is None:
             continue
@@ -81,7 +81,7 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], kept: Sequence[Kept]) -> None
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
         if what == "costly":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-        elif what:
+        elif what or traced(block):  # is told of every operator: those in autograd functions of which it is not told torch 2.11 keeps
             options["context_fn"] = partial(_contexts, what)
         block.forward = _recomputed(block.forward, options)
 

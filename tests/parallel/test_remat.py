@@ -45,7 +45,7 @@ def model_keeping(config: Any, kept: Kept, backend: str = "none") -> nn.Module:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = config.build().to(torch.float64)
-    checkpoint_blocks(model.blocks(), [kept] * len(model.blocks()))
+    checkpoint_blocks(model.blocks(), [kept] * len(model.blocks()), lambda block: backend != "none")
     compile_blocks(model.blocks(), backend, whole=True)
     for layer in routed_layers(model).values():
         layer.begin_step(torch.ones(()) / ROWS)
@@ -164,7 +164,7 @@ def test_what_all_blocks_keep_together_is_what_was_chosen_for_them(share: float)
     tables = tables_of(config, fused=False)
     [mix] = fill([(choices(tables[0]), len(tables))], int(share * sum(table.whole_bytes for table in tables))) or []
     model = config.build().to(torch.float64)
-    checkpoint_blocks(model.blocks(), [choice.kept for choice in mix.choices])
+    checkpoint_blocks(model.blocks(), [choice.kept for choice in mix.choices], lambda block: False)
     rope = rope_tables(batch().positions_bt, model.rope, model.rope_width, dtype=torch.float64)
     x = first = torch.randn(ROWS, LENGTH, WIDTH, dtype=torch.float64, requires_grad=True)
     with Alive() as alive:

@@ -45,13 +45,13 @@ def test_compiled_bf16_follows_the_curve_of_fp32_on_a_cpu(tmp_path: Path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("layout", ["tp2", "pp2.1f1b", "pp2.zbv", "cp2.ring", "cp2.ulysses"])
-def test_two_gpus_follow_the_curve_of_sharded_data_on_every_axis(layout: str, tmp_path: Path):
+@pytest.mark.parametrize("settings", ["tp2", "tp2 --parallel.async_tp=true", "pp2.1f1b", "pp2.zbv", "cp2.ring", "cp2.ulysses"])
+def test_two_gpus_follow_the_curve_of_sharded_data_on_every_axis(settings: str, tmp_path: Path):
     # Four layers, since zbv cuts four stages.
     more = ["--model.layers=4", "--train.steps=6", "--train.micro_batch=2", "--train.global_tokens=1024", "--precision=bf16"]
-    for name in ("fsdp2", layout):
-        train(tmp_path, name, *more, f"--layout={name}", "--compile=auto", devices="0,1")
-    curves = ([m["loss"] for m in metrics(tmp_path / run)] for run in ("fsdp2", layout))
+    for name, layout in (("sharded", "fsdp2"), ("other", settings)):
+        train(tmp_path, name, *more, *f"--layout={layout}".split(), "--compile=auto", devices="0,1")
+    curves = ([m["loss"] for m in metrics(tmp_path / run)] for run in ("sharded", "other"))
     apart = [abs(a - b) for a, b in zip(*curves, strict=True)]
     assert max(apart) < 0.02, apart
 

@@ -5,6 +5,8 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from paraxis.base.axes import Degrees
 from paraxis.base.device import Device
@@ -20,6 +22,7 @@ from paraxis.optim.config import OptimConfig
 from paraxis.train import recompute
 from paraxis.train.config import RunConfig, TrainConfig
 from paraxis.train.recompute import fill_blocks
+from paraxis.train.step import train_step
 from tests.measure import MadeRows, Measured, measure, run_of, with_layout, worst_difference
 from tests.worlds import WorldError, run_world
 
@@ -101,6 +104,37 @@ def test_blocks_keep_what_fits_in_the_budget_and_less_for_more_micro_batches_at_
     [first], [last] = choices_of(config_of(DENSE, 200), "pp2", ranks=2)
     assert (first[0], last[0]) == (budget // 2, budget)  # 1F1B: the first rank keeps two micro-batches at once, the last one
     assert sum(choice.seconds for choice in first[1]) > sum(choice.seconds for choice in last[1])
+
+
+def kept_by_second_block() -> int:
+    """Bytes that a compiled block which recomputes everything keeps on this rank of two with half a tensor each, its input left out."""
+    config = replace(config_of(DENSE, 0, "aot_eager"), remat=RematConfig(mode="full"))
+    run = run_of(with_layout(config, "tp2"), MadeRows(VOCAB, SEQ_LEN))
+    block: Any = run.modules[0].blocks()[1]  # type: ignore[operator]
+    forward, saved = block.forward, dict[int, Tensor]()
+
+    def followed(*args: Any) -> Any:
+        def pack(x: Tensor) -> Tensor:
+            saved[x.untyped_storage()._cdata] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = forward(*args)
+        for x in (*args, *run.modules[0].parameters()):
+            if isinstance(x, Tensor):
+                saved.pop(x.untyped_storage()._cdata, None)
+        return out
+
+    block.forward = followed
+    loader = run.loader()
+    train_step(run, [run.take(batch) for batch in next(loader)], lr=0.1)
+    loader.close()
+    return sum(x.untyped_storage().nbytes() for x in saved.values() if x.dtype != torch.uint8)  # its random state is bytes
+
+
+def test_compiled_blocks_that_recompute_everything_keep_nothing_that_ranks_gathered():
+    # Gathering is an autograd function, of whose operators torch 2.11's compiler has to be told.
+    assert run_world(kept_by_second_block, 2) == [0, 0]
 
 
 def test_a_budget_below_what_full_recomputation_keeps_is_refused_with_what_it_lacks():
