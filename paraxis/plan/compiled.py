@@ -23,7 +23,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from paraxis.ops import loss
 from paraxis.parallel import remat
+from paraxis.parallel.apply import untraceable
 from paraxis.parallel.tabulate import call_name
+from paraxis.plan.cut_blocks import Function, Tape, cut, left_alone
 from paraxis.plan.pretend import composite_rms_norm, replaced
 
 Graph = torch.fx.GraphModule
@@ -38,24 +40,23 @@ def pretending_to_compile(backend: str) -> Iterator[None]:
     known: dict[Any, Callable[..., Any]] = {}
     with ExitStack() as inside:
         inside.enter_context(replaced(torch, "compile", partial(_compile, known)))
+        inside.enter_context(replaced(torch.compiler, "disable", left_alone))
         inside.enter_context(replaced(loss, "_compiled", lambda: (loss.vocabulary_statistics, loss.logit_gradient)))
         yield
 
 
 def _compile(known: dict[Any, Callable[..., Any]], forward: Callable[..., Any], *, backend: str, fullgraph: bool, **_: Any) -> Any:
-    """Stands in for torch.compile of a block's forward. Blocks that cannot be compiled in one piece run as they are: the pieces between
-    breaks keep what eager blocks do, or less."""
-    if not fullgraph:
-        return forward
+    """Stands in for torch.compile of a block's forward. Of those that cannot be compiled in one piece, blocks with experts, and blocks that
+    are recomputed, run as they are: what is compiled of them keeps what eager blocks do, or less."""
     module: nn.Module = getattr(forward, "__wrapped__", forward).__self__
+    if not fullgraph:
+        return forward if hasattr(forward, "__wrapped__") or untraceable(module) else _compile_pieces(known, module, forward, backend)
     options = inspect.getclosurevars(forward).nonlocals.get("options") if hasattr(forward, "__wrapped__") else None
     checkpointing = None if options is None else str(getattr(options.get("context_fn"), "args", "all"))
 
     def call(*args: Any) -> Any:
         parameters = dict(module.named_parameters())
-        tensors = [x for x in tree_leaves((parameters, args)) if isinstance(x, Tensor)]
-        traits = tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors)
-        key = type(module), checkpointing, torch.is_grad_enabled(), traits
+        key = _key(module, checkpointing, (parameters, args))
         if key not in known:
             known[key] = _cut(module, forward, tuple(parameters), backend)
             with _disable_current_modes(), replaced(F, "rms_norm", composite_rms_norm):  # taken apart, as a compiler does
@@ -64,6 +65,37 @@ def _compile(known: dict[Any, Callable[..., Any]], forward: Callable[..., Any], 
         return known[key](list(parameters.values()), *args)
 
     return call
+
+
+def _compile_pieces(known: dict[Any, Callable[..., Any]], module: nn.Module, forward: Callable[..., Any], backend: str) -> Any:
+    """A block's forward in pieces, from its second run on: the first tells where they end."""
+
+    def compiled(function: Function, values: list[Any]) -> Function:
+        piece = _graphs(function, min_cut_rematerialization_partition, backend)
+        with _disable_current_modes(), replaced(F, "rms_norm", composite_rms_norm):  # as above
+            piece(tree_map_only(Tensor, _alike, values))
+        return piece
+
+    def call(*args: Any) -> Any:
+        given = [x for x in (*module.parameters(), *args) if x is not None]
+        key = _key(module, "pieces", given)
+        if key in known:
+            return known[key](given)
+        tape = Tape()
+        slots = [tape.slot(value).number for value in given]
+        with replaced(F, "rms_norm", composite_rms_norm), tape.running():
+            out = forward(*args)
+        known[key] = cut(tape, slots, out, compiled)
+        tape.forget()
+        return out
+
+    return call
+
+
+def _key(module: nn.Module, kind: str | None, given: Any) -> Any:
+    tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+    traits = tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors)
+    return type(module), kind, torch.is_grad_enabled(), traits
 
 
 def _cut(module: nn.Module, forward: Callable[..., Any], names: tuple[str, ...], backend: str) -> Callable[..., Any]:
@@ -83,7 +115,11 @@ def _cut(module: nn.Module, forward: Callable[..., Any], names: tuple[str, ...],
             _tag(joint, policy[0])
         return min_cut_rematerialization_partition(joint, inputs, **options)
 
-    return aot_function(functional, fw_compiler=_run, bw_compiler=_run, partition_fn=partition, decompositions=_decompositions(backend))
+    return _graphs(functional, partition, backend)
+
+
+def _graphs(function: Callable[..., Any], partition: Callable[..., tuple[Graph, Graph]], backend: str) -> Callable[..., Any]:
+    return aot_function(function, fw_compiler=_run, bw_compiler=_run, partition_fn=partition, decompositions=_decompositions(backend))
 
 
 class _Runner(torch.fx.Interpreter):

@@ -128,8 +128,9 @@ def _sketches(
     splits = stages is not None and stages.schedule.splits_backward  # for which `compile=auto` is none
     compiled = config.compile == "inductor" or (config.compile == "auto" and not splits)
     pieces = degrees.cp > 1 or any(not getattr(module, "traceable", True) for module in model.modules())
-    # Under the mode that selective recomputation puts over a block, the pieces that it would be compiled in are not.
-    selective = config.remat.mode not in ("none", "full") and (pieces or not compiled)
+    # Under the mode that selective recomputation puts over a block, the pieces that it would be compiled in are not. A budget puts it over
+    # eager blocks alone: of those in pieces it keeps all or nothing.
+    selective = (not compiled and config.remat.mode not in ("none", "full")) or (pieces and config.remat.mode == "selective")
     traced: dict[object, tuple[Sketch, Steps]] = {}
     sketches: list[Sketch] = []
     steps: list[Steps] = []

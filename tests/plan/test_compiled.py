@@ -1,6 +1,7 @@
 """Compiled blocks without a compiler: what they keep for backward is what really compiled ones keep."""
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pytest
@@ -69,8 +70,59 @@ def test_recomputing_more_keeps_less():
     assert sizes[0] >= sizes[1] > sizes[2]
 
 
-def test_a_block_that_breaks_into_pieces_runs_as_it_is():
-    block, _ = block_and_inputs("none")
+class Exchanged:
+    """Attention between calls that a compiler must leave alone, as across ranks; in functions of its own, one of which has none."""
+
+    def __init__(self, attend: Any) -> None:
+        self.attend = attend
+        self.exchange = torch.compiler.disable(lambda x: x.contiguous() * 1)
+
+    def there(self, x: Tensor) -> Tensor:
+        return self.exchange(x.movedim(1, 2)).movedim(2, 1) * 2
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        y = self.attend(self.there(q), self.there(halved(k)), v, mask)
+        return self.exchange(y.flatten(2) + 1).unflatten(2, y.shape[2:])
+
+
+def halved(x: Tensor) -> Tensor:
+    return x.sigmoid() / 2
+
+
+def kept_in_pieces(*, really: bool) -> tuple[list[Counter[Any]], list[Tensor]]:
+    """What the pieces of a block keep for the backward of each of three runs, and the gradients."""
+    torch._dynamo.reset()
+    block, inputs = block_and_inputs("none")
+    runs, out = [], torch.zeros(())
+    with nullcontext() if really else pretending_to_compile("aot_eager"):
+        block.attention.attend = Exchanged(block.attention.attend)
+        compile_blocks([block], "aot_eager", whole=False)
+        for _ in range(3):
+            saved: dict[int, Tensor] = {}
+
+            def pack(x: Tensor, saved: dict[int, Tensor] = saved) -> Tensor:
+                saved[x.untyped_storage()._cdata] = x
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                out = block(*inputs)
+            own = {x.untyped_storage()._cdata for x in (*block.parameters(), *(x for x in inputs if isinstance(x, Tensor)))}
+            left = [x for number, x in saved.items() if number not in own and x.dtype not in (torch.uint8, torch.int64)]
+            runs.append(Counter((x.numel(), x.dtype) for x in left))
+    out.sum().backward()
+    return runs, [parameter.grad for parameter in block.parameters()]
+
+
+def test_a_block_in_pieces_keeps_what_the_pieces_that_a_compiler_makes_do():
+    (really, gradients), (pretended, found) = (kept_in_pieces(really=really) for really in (True, False))
+    assert pretended[1:] == really[1:]
+    assert sum(pretended[0].values()) > sum(really[0].values()), "a first run is eager, or nothing was tried"
+    for a, b in zip(found, gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_block_in_pieces_that_is_recomputed_runs_as_it_is():
+    block, _ = block_and_inputs("full")
     before = block.forward
     with pretending_to_compile("inductor"):
         compile_blocks([block], "inductor", whole=False)

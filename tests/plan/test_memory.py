@@ -22,6 +22,7 @@ RUNS: dict[str, tuple[str, int, int, dict[str, object]]] = {
     "tensors, selective": ("llama3_8b", 16, 5, {"parallel.fsdp": 8, "parallel.tp": 2, "model.layers": 6, "data.seq_len": 1024}),
     "pipeline, none": ("debug", 4, 2, {"parallel.tp": 2, "parallel.pp": 2, "parallel.microbatches": 3, "model.layers": 9}),
     "compiled": ("llama3_8b", 4, 3, {"parallel.fsdp": 4, "model.layers": 6, "compile": "inductor", "data.seq_len": 1024}),
+    "in pieces": ("llama3_8b", 2, 1, {"parallel.cp": 2, "model.layers": 6, "compile": "inductor", "data.seq_len": 1024}),
     "experts": ("qwen3_30b_a3b", 16, 9, {"parallel.fsdp": 16, "model.layers": 5, "data.seq_len": 512}),
 }
 MORE: dict[str, tuple[str, int, int, dict[str, object]]] = {
@@ -93,7 +94,7 @@ def test_all_logits_at_once_are_counted(apart: Callable[..., Any]):
         return least, most, few.model.vocab_size
 
     least, most, vocabulary = apart(peaks)
-    assert most - least == pytest.approx((8192 - 1024) * vocabulary * (4 + 2), rel=0.1)  # in fp32, and gradients in bf16
+    assert most - least == pytest.approx((8192 - 1024) * vocabulary * 4, rel=0.15)  # in fp32; for a few, gradients count too
 
 
 def test_documents_are_traced_as_rows_of_one_document(apart: Callable[..., Any]):
