@@ -90,12 +90,12 @@ class World:
             self.store.delete_key(k)
         return values
 
-    def claim(self, what: str) -> bool:
-        """True on exactly one of the ranks that ask, the one that may speak; on all once the store, a rank's own, has gone with it."""
+    def claim(self, what: str, *, unanswered: bool = True) -> bool:
+        """True on exactly one of the ranks that ask, the one that may speak; `unanswered` once the store, a rank's own, is gone with it."""
         try:
             return self.store.add(f"paraxis/claim/{what}", 1) == 1
         except dist.DistNetworkError:
-            return True
+            return unanswered
 
     def expect_quick_steps(self) -> None:
         """Shortens the collectives' timeout once the first step is over."""

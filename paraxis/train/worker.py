@@ -57,7 +57,8 @@ def run_worker(config: RunConfig, *, base: str, run_dir: Path, resume: str) -> N
             _train(config, base, folder, resume, environment, world, stop)
     except ParaxisError as error:
         if world is not None:
-            error.said = not world.claim(str(error))
+            # All ranks stop on request: one that gets no answer knows that the store's own rank has spoken, and left.
+            error.said = not world.claim(str(error), unanswered=not isinstance(error, Preempted))
         raise
     except Exception as error:
         if not peer_is_lost(error):
