@@ -93,9 +93,9 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str, whole: bool) -> No
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=whole and not opaque, dynamic=False)
 
 
-def untraceable(block: nn.Module) -> list[Any]:
-    """The modules of a block that no compiler may look into."""
-    return [module for module in block.modules() if not getattr(module, "traceable", True)]
+def untraceable(whole: nn.Module) -> list[Any]:
+    """The modules of a block, or of a model, that no compiler may look into."""
+    return [module for module in whole.modules() if not getattr(module, "traceable", True)]
 
 
 def _filled(parameter: nn.Parameter, stored: nn.Parameter, placed: Placed, fill: Fill) -> Shard:

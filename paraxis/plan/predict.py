@@ -14,6 +14,7 @@ from paraxis.base.axes import Degrees
 from paraxis.base.dtypes import precision
 from paraxis.base.errors import ConfigError
 from paraxis.base.schedule import Action, Schedule
+from paraxis.parallel.apply import untraceable
 from paraxis.plan.hardware import Cluster
 from paraxis.plan.memory import Peak, Sketch, Step, refuse_untraceable, sketch, whole_model
 from paraxis.plan.pieces import FEW, Part
@@ -127,7 +128,7 @@ def _sketches(
     places = [Place(cluster, pipeline_rank * ranks // degrees.pp, placement, degrees) for pipeline_rank in range(degrees.pp)]
     splits = stages is not None and stages.schedule.splits_backward  # for which `compile=auto` is none
     compiled = config.compile == "inductor" or (config.compile == "auto" and not splits)
-    pieces = degrees.cp > 1 or any(not getattr(module, "traceable", True) for module in model.modules())
+    pieces = degrees.cp > 1 or bool(untraceable(model))
     # Under the mode that selective recomputation puts over a block, the pieces that it would be compiled in are not. A budget puts it over
     # eager blocks alone: of those in pieces it keeps all or nothing.
     selective = (not compiled and config.remat.mode not in ("none", "full")) or (pieces and config.remat.mode == "selective")

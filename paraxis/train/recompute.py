@@ -15,7 +15,7 @@ from paraxis.base.seams import Batch
 from paraxis.base.strategy import Strategy
 from paraxis.observe.throughput import peak_flops
 from paraxis.optim.build import state_bytes
-from paraxis.parallel.apply import Keep
+from paraxis.parallel.apply import Keep, untraceable
 from paraxis.parallel.knapsack import BlockTable, Choice, choices, fill
 from paraxis.parallel.mesh import Mesh
 from paraxis.parallel.remat import Kept
@@ -109,7 +109,7 @@ def tabulate_stage(config: RunConfig, mesh: Mesh, strategy: Strategy, model: nn.
     rows = config.train.micro_batch
     batch = Batch(*(torch.empty(rows, length, dtype=torch.int64, device="meta") for _ in range(3)))
     compiled = strategy.compile != "none"
-    opaque = compiled and (degrees.cp > 1 or any(not getattr(module, "traceable", True) for module in model.modules()))
+    opaque = compiled and (degrees.cp > 1 or bool(untraceable(model)))
     setting = Setting(
         device=device.torch,
         dtype=strategy.precision.compute,
