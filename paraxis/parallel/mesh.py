@@ -42,6 +42,11 @@ class Mesh:
         return dist.get_process_group_ranks(self.axes["pp"].get_group())
 
     @property
+    def stage(self) -> list[int]:
+        """The world's numbers of the ranks that compute with the same blocks as this one."""
+        return self.axes.mesh[self.at["pp"]].flatten().tolist()
+
+    @property
     def data_rank(self) -> int:
         """Which of the data ranks this is: ranks with the same number read the same rows."""
         return self.at["dp"] * self.degrees.fsdp + self.at["fsdp"]

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -89,6 +90,18 @@ class World:
         for k in keys:
             self.store.delete_key(k)
         return values
+
+    def agree_json(self, value: Any, ranks: Sequence[int], choose: Callable[[list[Any]], Any]) -> Any:
+        """What `choose`, which the first of `ranks` is asked, makes of the values of all of them in their order: on each of them, and all
+        of them call this equally often."""
+        key = f"{self._key('agree')}/{ranks[0]}"
+        self.store.set(f"{key}/{self.rank}", json.dumps(value))
+        if self.rank == ranks[0]:
+            keys = [f"{key}/{rank}" for rank in ranks]
+            self.store.wait(keys, EXCHANGE_TIMEOUT)
+            self.store.set(key, json.dumps(choose([json.loads(self.store.get(k)) for k in keys])))
+        self.store.wait([key], EXCHANGE_TIMEOUT)
+        return json.loads(self.store.get(key))
 
     def claim(self, what: str, *, unanswered: bool = True) -> bool:
         """True on exactly one of the ranks that ask, the one that may speak; `unanswered` once the store, a rank's own, is gone with it."""

@@ -66,7 +66,7 @@ class _Budget:
             return []
         budget, said = self._budget(tables)
         at_once = most_in_flight(self.stages.schedule)[self.mesh.at["pp"]] if self.stages else 1
-        found = fill_blocks(tables, int(budget) // at_once)
+        found = self._agree(budget / sum(table.whole_bytes for table in tables), fill_blocks(tables, int(budget) // at_once))
         least = sum(choices(table)[0].bytes for table in tables) * at_once
         if found is None and self.config.remat.budget != "auto":
             raise ConfigError(
@@ -80,6 +80,16 @@ class _Budget:
         if first:
             _say(self.config.remat.mode, said, tables, found, at_once)
         return [choice.kept for choice in found]
+
+    def _agree(self, room: float, found: Sequence[Choice] | None) -> Sequence[Choice] | None:
+        """What the rank with the least `room` for what it would keep has found: computing again can be a meeting of ranks, to which either
+        all come or none. Their tables are not quite the same: in a ring, a rank's place decides which keys its queries see.
+        """
+        mine = None if found is None else [(choice.bytes, choice.seconds, choice.kept) for choice in found]
+        _, agreed = self.mesh.world.agree_json((room, mine), self.mesh.stage, lambda told: min(told, key=lambda one: one[0]))
+        if agreed is None:
+            return None
+        return [Choice(size, seconds, kept if kept is None else tuple((name, place) for name, place in kept)) for size, seconds, kept in agreed]
 
     def _budget(self, tables: Sequence[BlockTable]) -> tuple[float, str]:
         """Bytes for activations, and where the figure comes from."""

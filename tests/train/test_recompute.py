@@ -56,6 +56,7 @@ CASES = [
     ("tp2", DENSE, 100, "none"),
     ("pp2", DENSE, 200, "none"),
     ("cp2.ring", DENSE, 120, "none"),
+    ("cp2.ring", DENSE, 135, "aot_eager"),  # by its own table the first rank would keep a block more than the second
     ("fsdp2 x ep2", EXPERTS, 150, "none"),
 ]
 MORE = [
@@ -104,6 +105,31 @@ def test_blocks_keep_what_fits_in_the_budget_and_less_for_more_micro_batches_at_
     [first], [last] = choices_of(config_of(DENSE, 200), "pp2", ranks=2)
     assert (first[0], last[0]) == (budget // 2, budget)  # 1F1B: the first rank keeps two micro-batches at once, the last one
     assert sum(choice.seconds for choice in first[1]) > sum(choice.seconds for choice in last[1])
+
+
+def test_ranks_with_unlike_tables_keep_what_the_one_with_least_room_for_them_found():
+    config = config_of(DENSE, 135, "aot_eager")
+
+    def rank() -> tuple[list[Any], list[Any]]:
+        found: list[Any] = []
+        agreed: list[Any] = []
+        decide = recompute._Budget.__call__
+
+        def note(tables: Any, budget: int) -> Any:
+            found.extend(fill_blocks(tables, budget) or ())
+            return found
+
+        def decided(self: Any, model: Any) -> Any:
+            agreed.extend(decide(self, model))
+            return agreed
+
+        with replaced(recompute, "fill_blocks", note), replaced(recompute._Budget, "__call__", decided):
+            run_of(with_layout(config, "cp2.ring"), MadeRows(VOCAB, SEQ_LEN))
+        return [choice.kept for choice in found], agreed
+
+    [(first, agreed), (second, too)] = run_world(rank, 2)
+    assert (first.count(None), second.count(None)) == (2, 1)
+    assert agreed == too == second
 
 
 def kept_by_second_block() -> int:
