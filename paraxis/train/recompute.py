@@ -89,7 +89,8 @@ class _Budget:
         _, agreed = self.mesh.world.agree_json((room, mine), self.mesh.stage, lambda told: min(told, key=lambda one: one[0]))
         if agreed is None:
             return None
-        return [Choice(size, seconds, kept if kept is None else tuple((name, place) for name, place in kept)) for size, seconds, kept in agreed]
+        calls = [kept if kept is None else tuple((name, number) for name, number in kept) for _, _, kept in agreed]
+        return [Choice(size, seconds, kept) for (size, seconds, _), kept in zip(agreed, calls, strict=True)]
 
     def _budget(self, tables: Sequence[BlockTable]) -> tuple[float, str]:
         """Bytes for activations, and where the figure comes from."""
