@@ -11,6 +11,7 @@ b batch rows, T positions of the sequence, t those of a rank, s keys, h query he
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 
 import torch
@@ -18,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from paraxis.base.dtypes import at_least_fp32
-from paraxis.ops.attention_parts import Merged, Parts, Runs
+from paraxis.ops.attention_parts import Gradients, Merged, Parts, Runs
 from paraxis.parallel.collectives import Group
+from paraxis.parallel.once import once
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,12 @@ class Plan:
     """A rank's attention: the blocks to compute at each step; between steps, keys and values move one rank on."""
 
     steps: Sequence[Sequence[Block]]
+
+    @property
+    def whole(self) -> Block | None:
+        """The one block that there is, where it is all that the rank has at hand: nothing is merged then."""
+        blocks = [block for step in self.steps for block in step]
+        return blocks[0] if [(block.rows, block.queries, block.keys) for block in blocks] == [(slice(None),) * 3] else None
 
 
 class Documents:
@@ -119,43 +127,59 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, plan: Plan, parts: Parts, group: Group | None) -> Tensor:  # type: ignore[override]
-        merged = Merged.nothing(q, v.shape[-1])
-        k_v = [k, v]
-        for number, blocks in enumerate(plan.steps):
-            coming = _pass_on(k_v, group) if group and number + 1 < len(plan.steps) else None
-            for block in blocks:
-                at_q, (at_k, at_v) = q[block.rows, block.queries], (x[block.rows, block.keys] for x in k_v)
-                part = parts.forward(at_q, at_k, at_v, causal=block.causal, documents=block.documents)
-                merged.add(block.rows, block.queries, *part)
-            k_v = coming() if coming else k_v
-        out = merged.out_bthd.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, merged.lse_bht)
+        out, lse = once(partial(_forward, q, k, v, plan, parts, group))
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.settings = plan, parts, group
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        plan, parts, group = ctx.settings
-        grad = grad.contiguous()  # the kernels take no expanded one
-        q_grad = torch.zeros_like(at_least_fp32(q))
-        k_v, gone, grads = [k, v], None, []
-        for number, blocks in enumerate(plan.steps):
-            coming = _pass_on(k_v, group) if group and number + 1 < len(plan.steps) else None
-            grads = [torch.zeros_like(at_least_fp32(x)) for x in k_v]
-            for block in blocks:
-                at_q, at_grad, at_out = (x[block.rows, block.queries] for x in (q, grad, out))
-                at_k, at_v = (x[block.rows, block.keys] for x in k_v)
-                at_lse = lse[block.rows, :, block.queries]
-                made = parts.backward(at_grad, at_q, at_k, at_v, at_out, at_lse, causal=block.causal, documents=block.documents)
-                for total, at, part in zip((q_grad, *grads), (block.queries, block.keys, block.keys), made, strict=True):
-                    total[block.rows, at] += part
-            # What earlier ranks found out about these keys has travelled behind them, in at least fp32 since it is a sum over ranks.
-            grads = [a + b for a, b in zip(grads, gone(), strict=True)] if gone else grads
-            gone = _pass_on(grads, group) if group and len(plan.steps) > 1 else None
-            k_v = coming() if coming else k_v
-        k_grad, v_grad = gone() if gone else grads
-        return q_grad.to(q.dtype), k_grad.to(k.dtype), v_grad.to(v.dtype), None, None, None
+        saved = ctx.saved_tensors
+        grads = _backward(grad.contiguous(), *saved, *ctx.settings)  # the kernels take no expanded gradient
+        return *(x.to(given.dtype) for x, given in zip(grads, saved[:3], strict=True)), None, None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, parts: Parts, group: Group | None) -> tuple[Tensor, Tensor]:
+    """The output, in the queries' dtype, and the log-sum-exp."""
+    if block := plan.whole:
+        out, lse = parts.forward(q, k, v, causal=block.causal, documents=block.documents)
+        return out.to(q.dtype), at_least_fp32(lse)
+    merged = Merged.nothing(q, v.shape[-1])
+    k_v = [k, v]
+    for number, blocks in enumerate(plan.steps):
+        coming = _pass_on(k_v, group) if group and number + 1 < len(plan.steps) else None
+        for block in blocks:
+            at_q, (at_k, at_v) = q[block.rows, block.queries], (x[block.rows, block.keys] for x in k_v)
+            part = parts.forward(at_q, at_k, at_v, causal=block.causal, documents=block.documents)
+            merged.add(block.rows, block.queries, *part)
+        k_v = coming() if coming else k_v
+    return merged.out_bthd.to(q.dtype), merged.lse_bht
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, parts: Parts, group: Group | None
+) -> Gradients:
+    """The gradients of q, k and v, in at least fp32 where they are sums."""
+    if block := plan.whole:
+        return parts.backward(grad, q, k, v, out, lse, causal=block.causal, documents=block.documents)
+    q_grad = torch.zeros_like(at_least_fp32(q))
+    k_v, gone, grads = [k, v], None, []
+    for number, blocks in enumerate(plan.steps):
+        coming = _pass_on(k_v, group) if group and number + 1 < len(plan.steps) else None
+        grads = [torch.zeros_like(at_least_fp32(x)) for x in k_v]
+        for block in blocks:
+            at_q, at_grad, at_out = (x[block.rows, block.queries] for x in (q, grad, out))
+            at_k, at_v = (x[block.rows, block.keys] for x in k_v)
+            at_lse = lse[block.rows, :, block.queries]
+            made = parts.backward(at_grad, at_q, at_k, at_v, at_out, at_lse, causal=block.causal, documents=block.documents)
+            for total, at, part in zip((q_grad, *grads), (block.queries, block.keys, block.keys), made, strict=True):
+                total[block.rows, at] += part
+        # What earlier ranks found out about these keys has travelled behind them, in at least fp32 since it is a sum over ranks.
+        grads = [a + b for a, b in zip(grads, gone(), strict=True)] if gone else grads
+        gone = _pass_on(grads, group) if group and len(plan.steps) > 1 else None
+        k_v = coming() if coming else k_v
+    k_grad, v_grad = gone() if gone else grads
+    return q_grad, k_grad, v_grad
 
 
 def attend_in_blocks(q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, plan: Plan, parts: Parts, group: Group | None) -> Tensor:

@@ -138,6 +138,26 @@ class AllGatherAttention:
 
 
 @dataclass(frozen=True)
+class WholeRowAttention:
+    """Attention of whole rows by `parts`, which can be computed once where a block is computed again; documents are left to `apart`."""
+
+    parts: Parts
+    apart: Attend
+    _attend: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(attend_in_blocks))
+
+    def mask(self, documents_bt: Tensor | None) -> Any:
+        """None where rows are whole."""
+        return None if documents_bt is None else self.apart.mask(documents_bt)
+
+    def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Any) -> Tensor:
+        if mask is not None:
+            return self.apart(q_bthd, k_bsgd, v_bsgd, mask)
+        everything = slice(None)
+        plan = Plan([[Block(everything, everything, everything, causal=True)]])
+        return self._attend(q_bthd, k_bsgd, v_bsgd, plan, self.parts, None)
+
+
+@dataclass(frozen=True)
 class UlyssesAttention:
     """All positions of h/n heads on each rank, in natural order, for an ordinary `attend`.
 

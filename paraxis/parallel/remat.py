@@ -16,6 +16,7 @@ from paraxis.base.strategy import RematConfig
 from paraxis.ops.float8 import block_product
 from paraxis.ops.fp4 import fp4_product
 from paraxis.parallel.knapsack import Call
+from paraxis.parallel.once import CALL, computed_once
 from paraxis.parallel.tabulate import call_name
 
 # What one block keeps: everything (None), what is costly, or these calls' outputs alone.
@@ -81,6 +82,8 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], kept: Sequence[Kept], traced:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
         if what == "costly":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        elif any(name == CALL for name, _ in what):
+            options["context_fn"] = computed_once
         elif what or traced(block):  # is told of every operator: those in autograd functions of which it is not told torch 2.11 keeps
             options["context_fn"] = partial(_contexts, what)
         block.forward = _recomputed(block.forward, options)

@@ -4,7 +4,7 @@ An output is followed by the memory it lies in, so that views of it count as its
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from paraxis.base.replaced import replaced
 from paraxis.base.seams import Batch, routed_layers
 from paraxis.parallel.knapsack import BlockTable, Operator
+from paraxis.parallel.once import CALL, keeping
 
 _aten = torch.ops.aten
 
@@ -88,6 +89,7 @@ class _Trace:
     moved_bytes: int = 0
     replayed: int = 0  # operators before the last that backward needs something of
     input_bytes: int = 0
+    once: list[Operator] = field(default_factory=list)  # what `once` computes, each all of its operators in one
 
 
 class _Recorder(TorchDispatchMode):
@@ -127,6 +129,16 @@ class _Recorder(TorchDispatchMode):
             self.trace.alive.append(x)
             self.trace.replayed = len(self.trace.operators)
         return x
+
+    def compute(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Runs what is computed once, and notes it as one operator that needs no other."""
+        before = len(self.trace.operators) if self.trace else 0
+        made = compute()
+        if self.trace is not None:
+            size = sum(x.untyped_storage().nbytes() for x in made)
+            seconds = sum(operator.seconds for operator in self.trace.operators[before:])
+            self.trace.once.append(Operator((CALL, len(self.trace.once)), size, seconds, place=self.inside[-1] if self.inside else ""))
+        return made
 
     def _note(self, trace: _Trace, func: Any, args: Any, read: Sequence[Tensor], out: Any) -> None:
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -176,7 +188,7 @@ class Setting:
     """What a model is traced in: the device and dtype it computes with, the shape of what a stage hands on, how fast the device is.
 
     `fused`: blocks are compiled, so that only what backward needs is computed again, and what is cheap costs one pass over memory.
-    `opaque`: what runs in them is hidden from the choice, which is then between everything and nothing.
+    `opaque`: what runs in them is hidden from the choice, but for what is computed `once`.
     `spread`: experts live on several ranks.
     """
 
@@ -213,6 +225,7 @@ def tabulate(model: nn.Module, batch: Batch, setting: Setting, *, first: bool) -
         stream = torch.empty(setting.stream, dtype=setting.dtype, device=setting.device, requires_grad=True)
         inside.enter_context(recorder)
         inside.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda x: x))
+        inside.enter_context(keeping(recorder.compute))
         inside.enter_context(_visiting(blocks, recorder, traces))
         with suppress(_Seen):
             torch.func.functional_call(model, values, (replace(batch, **fields_of), *(() if first else (stream,))))
@@ -294,9 +307,10 @@ def _table(trace: _Trace, setting: Setting) -> BlockTable:
         whole_bytes=trace.input_bytes + sum(made[number].bytes for number in whole),
         cheap_s=moved / setting.rates.memory,
     )
-    return hidden(table) if setting.opaque else table
+    return _hidden(table, trace.once) if setting.opaque else table
 
 
-def hidden(table: BlockTable) -> BlockTable:
-    """The same block, of which nothing can be kept by itself."""
-    return replace(table, operators=(), required=frozenset(), cheap_s=table.backward_s)
+def _hidden(table: BlockTable, once: Sequence[Operator]) -> BlockTable:
+    """The same block, of which nothing can be kept by itself but what is computed once."""
+    rest = table.backward_s - sum(operator.seconds for operator in once)
+    return replace(table, operators=tuple(once), required=frozenset(range(len(once))), cheap_s=rest)

@@ -16,7 +16,7 @@ from paraxis.base.strategy import CompileMode, Strategy
 from paraxis.ops.attention import choose_attention
 from paraxis.ops.attention_parts import choose_parts
 from paraxis.ops.lowp import scaling_problem
-from paraxis.parallel.context import context_attention
+from paraxis.parallel.context import WholeRowAttention, context_attention
 from paraxis.parallel.mesh import Mesh
 from paraxis.parallel.world import World
 from paraxis.train.check import context_kind
@@ -120,4 +120,7 @@ def build_attention(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> Attend
     kind = context_kind(config, mesh.degrees)
     if parallel.cp_kind == "auto" and not parallel.cp_ulysses:
         log.info("context: auto chose %s over cp=%d", kind, cp)
-    return context_attention(kind, parallel.cp_ulysses, mesh, attend, choose_parts(device, dtype, documents, width or 0))
+    parts = choose_parts(device, dtype, documents, width or 0)
+    if config.attention == "auto":
+        attend = WholeRowAttention(parts, attend)
+    return context_attention(kind, parallel.cp_ulysses, mesh, attend, parts)

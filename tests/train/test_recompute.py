@@ -19,6 +19,8 @@ from paraxis.models.llama import LlamaConfig
 from paraxis.models.qwen3 import Qwen3MoEConfig
 from paraxis.ops.routing import RoutingConfig
 from paraxis.optim.config import OptimConfig
+from paraxis.parallel import blocks
+from paraxis.parallel.once import CALL
 from paraxis.train import recompute
 from paraxis.train.config import RunConfig, TrainConfig
 from paraxis.train.recompute import fill_blocks
@@ -57,6 +59,7 @@ CASES = [
     ("pp2", DENSE, 200, "none"),
     ("cp2.ring", DENSE, 120, "none"),
     ("cp2.ring", DENSE, 135, "aot_eager"),  # by its own table the first rank would keep a block more than the second
+    ("cp2.ulysses", DENSE, 135, "aot_eager"),  # two blocks keep nothing but their attention
     ("fsdp2 x ep2", EXPERTS, 150, "none"),
 ]
 MORE = [
@@ -64,7 +67,8 @@ MORE = [
     ("tp2", DENSE, 100, "aot_eager"),
     ("pp2 x tp2", DENSE, 150, "aot_eager"),
     ("pp2.zbv", DENSE, 400, "none"),
-    ("cp2.ulysses", DENSE, 120, "aot_eager"),
+    ("cp2.ulysses", DENSE, 120, "none"),
+    ("pp2 x cp2.ring", DENSE, 200, "aot_eager"),
     ("fsdp2 x ep2", EXPERTS, 150, "aot_eager"),
 ]
 
@@ -130,6 +134,37 @@ def test_ranks_with_unlike_tables_keep_what_the_one_with_least_room_for_them_fou
     [(first, agreed), (second, too)] = run_world(rank, 2)
     assert (first.count(None), second.count(None)) == (2, 1)
     assert agreed == too == second
+
+
+def calls_of_attention(config: RunConfig, layout: str) -> tuple[list[Any], int]:
+    """What this rank's blocks keep, and how often attention of a block is computed in the forwards of a step."""
+    calls: list[None] = []
+    decide, forward = recompute._Budget.__call__, blocks._forward
+    kept: list[Any] = []
+
+    def decided(self: Any, model: Any) -> Any:
+        kept.extend(decide(self, model))
+        calls.clear()
+        return kept
+
+    def counted(*args: Any) -> Any:
+        calls.append(None)
+        return forward(*args)
+
+    with replaced(recompute._Budget, "__call__", decided), replaced(blocks, "_forward", counted):
+        run = run_of(with_layout(config, layout), MadeRows(VOCAB, SEQ_LEN))
+        loader = run.loader()
+        train_step(run, [run.take(batch) for batch in next(loader)], lr=0.1)
+        loader.close()
+    return kept, len(calls)
+
+
+@pytest.mark.parametrize("layout", ["cp2.ring", "cp2.ulysses"])
+def test_compiled_blocks_may_keep_their_attention_across_ranks_and_compute_all_else_again(layout: str):
+    for kib, computed in ((16, 2), (40, 1)):  # in the first a block has room for its input alone, in the second for its attention too
+        for kept, calls in run_world(calls_of_attention, 2, config_of(DENSE, kib, "aot_eager"), layout):
+            assert set(kept) == {((CALL, 0),) if computed == 1 else ()}
+            assert calls == 4 * 4 * computed  # four rows, one at a time, through four blocks
 
 
 def kept_by_second_block() -> int:
