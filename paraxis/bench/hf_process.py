@@ -23,6 +23,7 @@ from paraxis.base.device import CPU, Device
 from paraxis.observe.memory import read_memory
 from paraxis.observe.sinks import JsonLines
 from paraxis.observe.throughput import StepClock
+from paraxis.parallel.world import leave
 
 
 class RowsInMemory(IterableDataset[dict[str, Tensor]]):
@@ -84,4 +85,7 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    try:
+        run(Path(sys.argv[1]))
+    finally:
+        leave()  # an interpreter that ends with open groups may abort in gloo's threads, now and then

@@ -16,6 +16,7 @@ _GRACE_S = 15.0  # to end its own workers in, after each SIGTERM
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^(\[\w+\]:\s*)+")  # torchrun and torch name the rank before its lines
 _EXCEPTION = re.compile(r"^(?!.*ChildFailedError)[A-Za-z_][\w.]*(Error|Exception|Interrupt): .+")
+_KILLED = re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)")  # torchrun, of a worker that a signal ended
 _OURS = "paraxis: error: "
 
 
@@ -101,4 +102,6 @@ def reason(timing: Timing, output: str, limit_s: float) -> str | None:
     # The first exception is the cause; later ones are those of ranks that lost it.
     exceptions = [line for line in lines if _EXCEPTION.match(line)]
     messages = [line.removeprefix(_OURS) for line in lines if line.startswith(_OURS)]
-    return next(iter([*exceptions, *messages, *lines[-1:]]), f"exit code {timing.code}")[:300]
+    killed = [f"rank {found[2]} was ended by {signal.Signals(int(found[1])).name}" for line in lines if (found := _KILLED.search(line))]
+    rest = [line for line in lines if any(letter.isalnum() for letter in line)][-1:]
+    return next(iter([*exceptions, *messages, *killed, *rest]), f"exit code {timing.code}")[:300]

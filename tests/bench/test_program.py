@@ -58,10 +58,15 @@ def test_a_program_does_not_outlive_its_benchmark(tmp_path: Path, how: str):
             "torch.OutOfMemoryError: CUDA out of memory",
         ),
         ("step 1\nparaxis: error: data.paths: no file at x\n", "data.paths: no file at x"),
-        ("torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \nsome words\n\n", "some words"),
+        ("torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \nsome words\n=====\n", "some words"),
+        (
+            "terminate called\nE1126 18:40:59.016 1083 api.py:1002] failed (exitcode: -6) local_rank: 1 (pid: 1088) of binary: python\n"
+            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\n",
+            "rank 1 was ended by SIGABRT",
+        ),
         ("", "exit code 3"),
     ],
-    ids=["the first exception", "our message", "the last line", "nothing"],
+    ids=["the first exception", "our message", "the last words", "a signal", "nothing"],
 )
 def test_a_failure_is_told_in_the_line_that_names_its_cause(output: str, told: str):
     assert reason(Timing(3, None, 1.0), output, 60) == told
