@@ -15,12 +15,11 @@ from functools import partial
 from itertools import groupby, pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from paraxis.base.dtypes import at_least_fp32
 from paraxis.ops.attention_parts import Gradients, Merged, Parts, Runs
-from paraxis.parallel.collectives import Group
+from paraxis.parallel.collectives import Group, arrived, shift
 from paraxis.parallel.once import once
 
 
@@ -104,22 +103,14 @@ class Documents:
         return Runs(torch.tensor(ends, dtype=torch.int32).to(self._device, non_blocking=True), longest)
 
 
-def _pass_on(tensors: list[Tensor], group: Group) -> Callable[[], list[Tensor]]:
-    """Starts sending `tensors` to the next rank; the result waits for, and gives, what came from the one before."""
-    rank, ranks = group.rank(), group.size()
-    before, after = (dist.get_global_rank(group, (rank + by) % ranks) for by in (-1, 1))
-    sent = [x.contiguous() for x in tensors]
-    received = [torch.empty_like(x) for x in sent]
-    sends = [dist.P2POp(dist.isend, x, after, group) for x in sent]
-    works = dist.batch_isend_irecv(sends + [dist.P2POp(dist.irecv, x, before, group) for x in received])
+def _pass_on(tensors: Sequence[Tensor], group: Group) -> Callable[[], list[Tensor]]:
+    """Starts sending `tensors` to the next rank; the result waits for, and gives, what came from the one before.
 
-    def wait() -> list[Tensor]:
-        for work in works:
-            work.wait()
-        sent.clear()  # held until here: they were on their way
-        return received
-
-    return wait
+    Not by isend and irecv: torch marks what those read and write as in use by their stream, and until the device has come that far a
+    host that is ahead finds its memory taken.
+    """
+    travelling = [shift(x, 1, group) for x in tensors]
+    return lambda: [arrived(x) for x in travelling]
 
 
 class _BlockAttention(torch.autograd.Function):

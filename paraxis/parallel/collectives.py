@@ -96,8 +96,13 @@ def shift(x: Tensor, by: int, group: Group) -> Tensor:
     return functional.all_to_all_single(x.contiguous(), received, sent, group)
 
 
+def exchange(x: Tensor, group: Group) -> Tensor:
+    """Starts sending entry i of [n, ...] to rank i; `arrived` waits for what the ranks send here, in their order. Outside autograd."""
+    return functional.all_to_all_single(x.contiguous(), None, None, group)
+
+
 def arrived(x: Tensor) -> Tensor:
-    """What a `shift` brings, once it is there."""
+    """What a `shift` or an `exchange` brings, once it is there."""
     return functional.wait_tensor(x)
 
 

@@ -13,7 +13,7 @@ b batch rows, T positions of the sequence, t = T/n those of a rank, h query head
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from paraxis.ops.attention_parts import Parts
 from paraxis.parallel.blocks import Block, Documents, Plan, attend_in_blocks
 from paraxis.parallel.collectives import Group, gather_sequence
 from paraxis.parallel.mesh import Mesh
+from paraxis.parallel.turns import Message, exchange_and_attend, in_natural_order, in_pieces, messages_of, outputs_of, turns_of
+
+_Made = TypeVar("_Made")
 
 
 def zigzag_positions(length: int, ranks: int, rank: int) -> Tensor:
@@ -42,15 +45,12 @@ def zigzag_positions(length: int, ranks: int, rank: int) -> Tensor:
 def split_zigzag(x: Tensor, ranks: int) -> Tensor:
     """[b, T, ...] in natural order to [n, b, t, ...]: each rank's positions."""
     zigzag_positions(x.shape[1], ranks, 0)  # refuses a length that does not divide
-    pieces = x.unflatten(1, (2, ranks, -1)).movedim(2, 0)  # [n, b, 2, t/2, ...]
-    return torch.cat([pieces[:, :, 0], pieces[:, :, 1].flip(0)], dim=2)
+    return torch.stack([torch.cat(pieces, dim=1) for pieces in in_pieces(x, ranks)])
 
 
 def join_zigzag(shards: Tensor) -> Tensor:
     """[n, b, t, ...], each rank's positions, to [b, T, ...] in natural order."""
-    pieces = shards.unflatten(2, (2, -1))
-    both = torch.stack([pieces[:, :, 0], pieces[:, :, 1].flip(0)])  # [2, n, b, t/2, ...]
-    return both.movedim(2, 0).flatten(1, 3)
+    return in_natural_order([shard.chunk(2, dim=1) for shard in shards])
 
 
 def gather_zigzag(x: Tensor, group: Group) -> Tensor:
@@ -138,28 +138,8 @@ class AllGatherAttention:
 
 
 @dataclass(frozen=True)
-class WholeRowAttention:
-    """Attention of whole rows by `parts`, which can be computed once where a block is computed again; documents are left to `apart`."""
-
-    parts: Parts
-    apart: Attend
-    _attend: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(attend_in_blocks))
-
-    def mask(self, documents_bt: Tensor | None) -> Any:
-        """None where rows are whole."""
-        return None if documents_bt is None else self.apart.mask(documents_bt)
-
-    def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Any) -> Tensor:
-        if mask is not None:
-            return self.apart(q_bthd, k_bsgd, v_bsgd, mask)
-        everything = slice(None)
-        plan = Plan([[Block(everything, everything, everything, causal=True)]])
-        return self._attend(q_bthd, k_bsgd, v_bsgd, plan, self.parts, None)
-
-
-@dataclass(frozen=True)
 class UlyssesAttention:
-    """All positions of h/n heads on each rank, in natural order, for an ordinary `attend`.
+    """All positions of h/n heads on each rank, in natural order: rows that are whole for `parts`, a few heads a turn, else for `attend`.
 
     Where there are fewer key/value heads than ranks, or they do not divide, each is repeated as little as makes every rank
     get its own; going back, the copies' gradients are summed.
@@ -167,7 +147,9 @@ class UlyssesAttention:
 
     group: Group
     attend: Attend
+    parts: Parts | None = None
     _exchange: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(_all_to_all))
+    _in_turns: Callable[..., Any] = field(init=False, repr=False, default_factory=lambda: _untraced(exchange_and_attend))
 
     def mask(self, documents_bt: Tensor | None) -> Any:
         """Whatever `attend` makes of the document numbers of all positions."""
@@ -178,8 +160,16 @@ class UlyssesAttention:
     def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: Any) -> Tensor:
         copies = kv_copies(q_bthd.shape[2], k_bsgd.shape[2], self.group.size())
         k_bsgd, v_bsgd = (x.repeat_interleave(copies, dim=2) if copies > 1 else x for x in (k_bsgd, v_bsgd))
+        if self.parts is not None and mask is None:
+            return self._attend_in_turns((q_bthd, k_bsgd, v_bsgd), self.parts)
         q, k, v = (self._to_heads(x) for x in (q_bthd, k_bsgd, v_bsgd))
         return self._to_positions(self.attend(q, k, v, mask))
+
+    def _attend_in_turns(self, q_k_v: Sequence[Tensor], parts: Parts) -> Tensor:
+        ranks = self.group.size()
+        sent, taken = messages_of(q_k_v, ranks, turns_of(q_k_v[1].shape[2] // ranks))
+        given = Message(((*taken.shapes[0][:-1], taken.shapes[2][-1]),))  # the output is as wide as values are
+        return outputs_of(self._in_turns(sent, taken, given, parts, self.group), given)
 
     def _to_heads(self, x_bthd: Tensor) -> Tensor:
         """[b, t, h, d] to [b, T, h/n, d], positions in natural order."""
@@ -206,10 +196,10 @@ def kv_copies(heads: int, kv_heads: int, ranks: int) -> int:
     return next(n for n in range(1, per_kv_head + 1) if per_kv_head % n == 0 and kv_heads * n % ranks == 0)
 
 
-def context_attention(kind: str, ulysses: int, mesh: Mesh, attend: Attend, parts: Parts) -> Attend:
-    """The attention called `kind` over the mesh's `cp` ranks: `attend` where a rank has whole rows of some heads, `parts` in rings."""
+def context_attention(kind: str, ulysses: int, mesh: Mesh, parts: Parts, whole: Parts | None, attend: Attend) -> Attend:
+    """The attention called `kind` over the `cp` ranks: `parts` in rings; in Ulysses `whole`, if any, for whole rows, and else `attend`."""
     if kind == "ulysses":
-        return UlyssesAttention(mesh.cp, attend)
+        return UlyssesAttention(mesh.cp, attend, whole)
     if kind == "usp":
         inner, outer = mesh.context_grid(ulysses)
         return usp_attention(inner, outer, parts)
@@ -243,9 +233,9 @@ def _all_to_all(x: Tensor, group: Group) -> Tensor:
     return _AllToAll.apply(x, group)
 
 
-def _untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _untraced(function: Callable[..., _Made]) -> Callable[..., _Made]:
     """`function`, around which a compiled block is cut in two: sends cannot be traced, and torch 2.11 traces all_to_all_single wrong.
 
     Wanted only when building, for it loads the compiler, which takes a second.
     """
-    return cast("Callable[..., Tensor]", torch.compiler.disable(function))
+    return cast("Callable[..., _Made]", torch.compiler.disable(function))

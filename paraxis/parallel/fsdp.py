@@ -92,6 +92,16 @@ def gather_by(model: nn.Module, ways: Mapping[nn.Parameter, Gathering]) -> None:
                 stored.fsdp_pre_all_gather, stored.fsdp_post_all_gather = _hooks(ways[held.sharded_param])
 
 
+def sent_apart(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """What travels of this rank's part of each parameter that is gathered in a way of its own."""
+    parts = [(held.sharded_param, held.sharded_param._local_tensor) for group in _groups(model) for held in group.fsdp_params]
+    return {
+        parameter: stored.fsdp_pre_all_gather(None, None, None, None, None)[0][0]
+        for parameter, stored in parts
+        if hasattr(stored, "fsdp_pre_all_gather")
+    }
+
+
 def _hooks(way: Gathering) -> tuple[Any, Any]:
     def send(mesh: Any, outer_size: Any, outer_stride: Any, module: Any, policy: Any) -> tuple[tuple[Tensor, ...], None]:
         return (way.send(),), None

@@ -49,7 +49,7 @@ class _CastOnce:
         self._weights = [weight for product in products for weight in product]
         device = self._weights[0].stored.device
         numbers = [number for number, product in enumerate(products) for _ in product]
-        self._product_w = torch.tensor(numbers, device=device)
+        self._product_w = torch.tensor(numbers).to(device)
         self._products, self._cast_into = len(products), cast_into
         self._group = mesh.sharding.get_group("fsdp")
         self._seen: list[int] = []

@@ -89,7 +89,7 @@ class _Trace:
     moved_bytes: int = 0
     replayed: int = 0  # operators before the last that backward needs something of
     input_bytes: int = 0
-    once: list[Operator] = field(default_factory=list)  # what `once` computes, each all of its operators in one
+    once: Operator | None = None  # all that `once` computes
 
 
 class _Recorder(TorchDispatchMode):
@@ -131,13 +131,14 @@ class _Recorder(TorchDispatchMode):
         return x
 
     def compute(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Runs what is computed once, and notes it as one operator that needs no other."""
+        """Runs what is computed once, and notes it in the block's one operator that needs no other."""
         before = len(self.trace.operators) if self.trace else 0
         made = compute()
         if self.trace is not None:
             size = sum(x.untyped_storage().nbytes() for x in made)
             seconds = sum(operator.seconds for operator in self.trace.operators[before:])
-            self.trace.once.append(Operator((CALL, len(self.trace.once)), size, seconds, place=self.inside[-1] if self.inside else ""))
+            so_far = self.trace.once or Operator((CALL, 0), 0, 0.0, place=self.inside[-1] if self.inside else "")
+            self.trace.once = replace(so_far, bytes=so_far.bytes + size, seconds=so_far.seconds + seconds)
         return made
 
     def _note(self, trace: _Trace, func: Any, args: Any, read: Sequence[Tensor], out: Any) -> None:
@@ -273,7 +274,7 @@ def _visiting(blocks: Sequence[nn.Module], recorder: _Recorder, traces: dict[Any
 def _alone() -> Iterator[None]:
     """While inside, what ranks would send each other at once stays here."""
     with ExitStack() as after:
-        for name in ("all_to_all_single", "batch_isend_irecv", "all_reduce"):
+        for name in ("all_to_all_single", "all_reduce"):
             after.enter_context(replaced(dist, name, _nothing))
         yield
 
@@ -310,7 +311,8 @@ def _table(trace: _Trace, setting: Setting) -> BlockTable:
     return _hidden(table, trace.once) if setting.opaque else table
 
 
-def _hidden(table: BlockTable, once: Sequence[Operator]) -> BlockTable:
+def _hidden(table: BlockTable, once: Operator | None) -> BlockTable:
     """The same block, of which nothing can be kept by itself but what is computed once."""
-    rest = table.backward_s - sum(operator.seconds for operator in once)
-    return replace(table, operators=tuple(once), required=frozenset(range(len(once))), cheap_s=rest)
+    if once is None:
+        return replace(table, operators=(), required=frozenset(), cheap_s=table.backward_s)
+    return replace(table, operators=(once,), required=frozenset({0}), cheap_s=table.backward_s - once.seconds)

@@ -17,12 +17,12 @@ from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn import functional as F
 from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
 from paraxis.ops import loss
-from paraxis.parallel import remat
+from paraxis.parallel import lowp_gather, remat
 from paraxis.parallel.apply import untraceable
 from paraxis.parallel.tabulate import call_name
 from paraxis.plan.cut_blocks import Function, Tape, cut, left_alone
@@ -42,6 +42,7 @@ def pretending_to_compile(backend: str) -> Iterator[None]:
         inside.enter_context(replaced(torch, "compile", partial(_compile, known)))
         inside.enter_context(replaced(torch.compiler, "disable", left_alone))
         inside.enter_context(replaced(loss, "_compiled", lambda: (loss.vocabulary_statistics, loss.logit_gradient)))
+        inside.enter_context(replaced(lowp_gather, "_compiled", lambda: lowp_gather._cast_into))
         yield
 
 
@@ -153,6 +154,10 @@ def _decompositions(backend: str) -> dict[Any, Any]:
 
 
 def _alike(x: Tensor) -> Tensor:
+    if is_traceable_wrapper_subclass(x):
+        names, context = x.__tensor_flatten__()
+        inner = {name: getattr(x, name).detach().clone() for name in names}
+        return type(x).__tensor_unflatten__(inner, context, x.shape, x.stride()).requires_grad_(x.requires_grad)
     return x.detach().clone().requires_grad_(x.requires_grad)
 
 

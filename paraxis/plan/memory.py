@@ -178,11 +178,6 @@ def refuse_untraceable(config: RunConfig, model: nn.Module) -> None:
         raise ConfigError(
             f"a run of {name} cannot be planned: it has no blocks(), of which a few are traced for all; see docs/how-to-add-a-model.md"
         )
-    if config.precision.startswith("float8") and config.float8.gather == "float8":
-        raise ConfigError(
-            "float8.gather=float8 cannot be planned: tensors that pass for others are not followed; plan with float8.gather=bf16, which "
-            "gathers twice the bytes"
-        )
     if config.parallel.pp > 1 and not hasattr(config.model, "width"):
         raise ConfigError(
             f"parallel.pp={config.parallel.pp} cannot be planned: {type(config.model).__name__} has no field `width`, the size of what a "

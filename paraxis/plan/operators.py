@@ -171,11 +171,12 @@ def _exchange(func: Any, name: str, args: Any, kwargs: Any, out: Any, number: Nu
     buffers = [x for x in tree_leaves(out if place < 0 else args[place]) if isinstance(x, Tensor)]
     group = next(ranks for x in tree_leaves((args, kwargs)) if (ranks := _group(x)) is not None)
     made = [x for x in tree_leaves(out) if isinstance(x, Tensor)] or buffers
+    to_one = name.endswith("::all_to_all_single") and sum(rows > 0 for rows in args[2]) == 1  # as `collectives.shift` sends
     return Operator(
         name=name,
         sort="exchange",
         lane=lane,
-        exchange=kind,
+        exchange="p2p" if to_one and len(group) > 1 else kind,
         group=group,
         reads=tuple(_touched(args[place] if place >= 0 else args[:1], number)),
         bytes=sum(x.numel() * x.element_size() for x in buffers),

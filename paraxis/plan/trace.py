@@ -17,7 +17,7 @@ from paraxis.base.dtypes import precision
 from paraxis.base.seams import Batch
 from paraxis.ops import loss
 from paraxis.parallel.expert import ExpertDispatch
-from paraxis.parallel.fsdp import fsdp_units
+from paraxis.parallel.fsdp import fsdp_units, sent_apart
 from paraxis.plan.compiled import pretending_to_compile
 from paraxis.plan.fusion import COMPILED, last_uses, merged
 from paraxis.plan.pretend import PRETENDED, EvenDispatch, PretendedDevice, pretended_world, replaced
@@ -131,6 +131,10 @@ def _own(run: Run, recorder: Recorder) -> None:
     }
     for x, at in place.items():
         recorder.own(x, at, [x])
+    for module in run.modules:
+        for parameter, sent in sent_apart(module).items():
+            recorder.call("parameters", [sent])
+            recorder.own(parameter, place[parameter], [sent])
     for shard in run.shards:
         if (at := place.get(shard.parameter)) is not None:
             states = [tensors[shard.placed.name] for tensors in run.optimizer.state().values() if shard.placed.name in tensors]
@@ -156,6 +160,7 @@ def _meet(run: Run) -> None:
     for shard in run.shards:
         shard.take_gradient()
         shard.drop_gradient()
+        shard.local.detach().zero_()  # changed, as an optimizer's step would have: what is made of it once a step is made again
 
 
 def _use_pretended(module: nn.Module) -> None:

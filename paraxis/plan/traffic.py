@@ -204,17 +204,20 @@ class _Step:
             yield _collective("tp", "all_reduce", bytes, held * (4 + self.scatters_again) + ends)
 
     def _sequences(self) -> Iterator[Collective]:
-        """What attention moves along `cp`: in a ring, as much as all-gathers of keys and values and reduce-scatters of their gradients."""
+        """What attention moves along `cp`."""
         model, kind, held = self.config.model, context_kind(self.config, self.degrees), self._blocks_of()
         head = model.head_width * self.positions * self.itemsize / self.degrees.tp
         heads, kv_heads = model.heads, getattr(model, "kv_heads", model.heads)
         if kind in ("ulysses", "usp"):
             for own in (heads, kv_heads):  # queries and outputs, keys and values
                 yield _collective("cp", "all_to_all", head * own, held * (4 + 2 * self.again))
+        elif kind == "ring":  # keys and values pass all ranks but their own, their gradients, which are sums, that one too
+            keys, ranks = head * kv_heads, self.degrees.cp
+            yield _collective("cp", "p2p", keys, held * (2 * (ranks - 1) * (2 + self.again)))
+            yield _collective("cp", "p2p", keys * max(1.0, 4 / self.itemsize), held * (2 * ranks))
         else:
             whole = head * kv_heads * self.degrees.cp
-            kept = kind == "allgather"
-            yield _collective("cp", "all_gather", whole, held * ((2 if kept else 4) + 2 * self.again))
+            yield _collective("cp", "all_gather", whole, held * (2 + 2 * self.again))
             yield _collective("cp", "reduce_scatter", whole, held * 2)
 
     def _experts(self) -> Iterator[Collective]:

@@ -14,9 +14,9 @@ from paraxis.base.layout import place
 from paraxis.base.seams import Attend
 from paraxis.base.strategy import CompileMode, Strategy
 from paraxis.ops.attention import choose_attention
-from paraxis.ops.attention_parts import choose_parts
+from paraxis.ops.attention_parts import ReferenceParts, choose_parts
 from paraxis.ops.lowp import scaling_problem
-from paraxis.parallel.context import WholeRowAttention, context_attention
+from paraxis.parallel.context import context_attention
 from paraxis.parallel.mesh import Mesh
 from paraxis.parallel.world import World
 from paraxis.train.check import context_kind
@@ -121,6 +121,5 @@ def build_attention(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> Attend
     if parallel.cp_kind == "auto" and not parallel.cp_ulysses:
         log.info("context: auto chose %s over cp=%d", kind, cp)
     parts = choose_parts(device, dtype, documents, width or 0)
-    if config.attention == "auto":
-        attend = WholeRowAttention(parts, attend)
-    return context_attention(kind, parallel.cp_ulysses, mesh, attend, parts)
+    whole = parts if config.attention == "auto" and not isinstance(parts, ReferenceParts) else None
+    return context_attention(kind, parallel.cp_ulysses, mesh, parts, whole, attend)

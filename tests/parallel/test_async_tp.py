@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from paraxis.base.errors import ConfigError
 from paraxis.base.layout import Gather
@@ -23,6 +22,7 @@ from paraxis.optim.config import OptimConfig
 from paraxis.parallel.overlap import read_while_gathering, scatter_while_multiplying
 from paraxis.train.config import RunConfig, TrainConfig
 from tests.measure import MadeRows, Measured, measure, worst_difference
+from tests.order import Order
 from tests.worlds import WorldError, run_world
 
 ROWS, SEQ_LEN, VOCAB = 8, 32, 64
@@ -102,21 +102,6 @@ def test_every_exchange_starts_before_the_products_that_hide_it():
         assert forward == ["send", "product", "product", "wait", "product", "product", "product", "send", "product", "wait"]
         # Of the output's gradient, then of the input's; the weights' gradients are made while those travel.
         assert backward == ["send", "product", "wait", "product", "product"] + ["product"] * 2 + ["send"] + ["product"] * 4 + ["wait"]
-
-
-class Order(TorchDispatchMode):
-    """Notes when messages start, products are made, and messages are waited for."""
-
-    NAMES: ClassVar = {"all_to_all_single": "send", "wait_tensor": "wait", "mm": "product", "bmm": "product"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if name := self.NAMES.get(func._schema.name.split("::")[1]):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def _order() -> tuple[list[str], list[str]]:

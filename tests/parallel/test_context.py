@@ -20,6 +20,8 @@ from paraxis.parallel.context import (
     usp_attention,
     zigzag_positions,
 )
+from paraxis.parallel.turns import turns_of
+from tests.order import Order
 from tests.worlds import run_world
 
 LENGTH = 32
@@ -34,7 +36,7 @@ def build(kind, parts):
     if kind == "allgather":
         return AllGatherAttention(world, parts)
     if kind == "ulysses":
-        return UlyssesAttention(world, Sdpa())
+        return UlyssesAttention(world, Sdpa(), parts)
     rank, pairs = dist.get_rank(), dist.get_world_size() // 2
     inner = [dist.new_group([2 * n, 2 * n + 1]) for n in range(pairs)][rank // 2]
     outer = [dist.new_group(list(range(n, 2 * pairs, 2))) for n in range(2)][rank % 2]
@@ -91,7 +93,7 @@ def check(kind, ranks, cases, parts=None, timeout=60.0):
 
 
 NAMES = ["whole", "at splits", "tiny", "random"]
-FP64 = [(kv_heads, torch.float64, name) for kv_heads in (2, 1) for name in NAMES]
+FP64 = [(4, torch.float64, "whole"), *((kv_heads, torch.float64, name) for kv_heads in (2, 1) for name in NAMES)]
 FP32 = [(2, torch.float32, "whole"), (2, torch.float32, "random")]
 
 
@@ -107,7 +109,28 @@ def test_spread_attention_equals_one_process(kind, ranks):
 def test_spread_attention_from_the_reference_equals_one_process(kind, ranks):
     if kind == "usp" and ranks < 2:
         pytest.skip("usp has at least a pair of neighbours")
-    check(kind, ranks, [(4, torch.float64, "whole"), *FP64, *FP32], ReferenceParts())
+    check(kind, ranks, [*FP64, *FP32], ReferenceParts())
+
+
+def test_what_one_turn_of_ulysses_sends_travels_while_others_compute():
+    for order in run_world(order_of_turns, 2):
+        for seen in order:
+            assert seen == ["send"] * 4 + ["wait", "attention", "send"] * 4 + ["wait"] * 4
+
+
+def order_of_turns():
+    attend = build("ulysses", CpuFlashParts())
+    qkv = [torch.randn(2, 4, heads, 8, requires_grad=True) for heads in (16, 8, 8)]  # each rank computes four key/value heads
+    with Order() as forward:
+        out = attend(*qkv, None)
+    with Order() as backward:
+        out.backward(torch.randn(out.shape))
+    return forward.seen, backward.seen
+
+
+@pytest.mark.parametrize(("kv_heads", "turns"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4)])
+def test_turns_have_as_many_heads_each_and_are_four_at_most(kv_heads, turns):
+    assert turns_of(kv_heads) == turns
 
 
 def compiled_on_rank(kind):

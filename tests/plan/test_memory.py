@@ -13,8 +13,9 @@ from paraxis.recipes.find import find
 from paraxis.train.config import RunConfig
 from paraxis.train.run import on_meta
 
-H200 = PretendedDevice("cpu", 0, "NVIDIA H200", 140 << 30)
+H200 = PretendedDevice("cpu", 0, "NVIDIA H200", 140 << 30, (9, 0))
 ALLOWED = 0.005
+GATHERED_IN_FLOAT8: dict[str, object] = {"precision": "float8_tensorwise", "float8.gather": "float8"}
 
 # A recipe with few or narrow blocks, so many ranks and one of them, and how they are spread.
 RUNS: dict[str, tuple[str, int, int, dict[str, object]]] = {
@@ -24,6 +25,7 @@ RUNS: dict[str, tuple[str, int, int, dict[str, object]]] = {
     "compiled": ("llama3_8b", 4, 3, {"parallel.fsdp": 4, "model.layers": 6, "compile": "inductor", "data.seq_len": 1024}),
     "in pieces": ("llama3_8b", 2, 1, {"parallel.cp": 2, "model.layers": 6, "compile": "inductor", "data.seq_len": 1024}),
     "experts": ("qwen3_30b_a3b", 16, 9, {"parallel.fsdp": 16, "model.layers": 5, "data.seq_len": 512}),
+    "gathered in float8": ("llama3_8b", 2, 0, {"parallel.fsdp": 2, "model.layers": 6, "data.seq_len": 1024, **GATHERED_IN_FLOAT8}),
 }
 MORE: dict[str, tuple[str, int, int, dict[str, object]]] = {
     "sharded, none": ("debug", 8, 3, {"parallel.fsdp": 8, "model.layers": 9, "data.seq_len": 512, "precision": "bf16"}),
@@ -32,6 +34,10 @@ MORE: dict[str, tuple[str, int, int, dict[str, object]]] = {
     "zbv": ("debug", 4, 2, {"parallel.fsdp": 2, "parallel.pp": 2, "parallel.schedule": "zbv", "model.layers": 14}),
     "ring": ("debug", 4, 3, {"parallel.cp": 2, "parallel.cp_kind": "ring", "parallel.fsdp": 2, "model.layers": 7, "precision": "bf16"}),
     "ulysses": ("debug", 2, 0, {"parallel.cp": 2, "parallel.cp_kind": "ulysses", "model.layers": 7, "precision": "bf16"}),
+    "gathered in float8, compiled": (
+        *("llama3_8b", 2, 0),
+        {"parallel.fsdp": 2, "model.layers": 6, "compile": "inductor", "data.seq_len": 1024, **GATHERED_IN_FLOAT8},
+    ),
     "dense blocks first": ("deepseek_v2_lite", 16, 9, {"parallel.fsdp": 16, "model.layers": 6, "data.seq_len": 512}),
 }
 

@@ -337,6 +337,7 @@ LAYOUTS: list[Any] = [
     ("llama3_8b", 4, {"fsdp": 2, "tp": 2, "remat": "full", "microbatches": 2}),
     ("llama3_8b", 8, {"pp": 2, "dp": 2, "fsdp": 2, "microbatches": 4}),
     ("llama3_8b", 4, {"cp": 2, "cp_kind": "ulysses", "tp": 2, "microbatches": 2}),
+    ("llama3_8b", 4, {"cp": 4, "cp_kind": "ring"}),
     ("qwen3_30b_a3b", 4, {"fsdp": 4, "ep": 2, "microbatches": 2}),
     *(
         pytest.param(*case, marks=pytest.mark.full)
@@ -348,6 +349,7 @@ LAYOUTS: list[Any] = [
             ("qwen3_30b_a3b", 2, {"fsdp": 2, "ep": 2, "remat": "selective"}),
             ("llama3_8b", 4, {"cp": 2, "cp_kind": "allgather", "fsdp": 2, "microbatches": 2}),
             ("llama3_8b", 2, {"cp": 2, "cp_kind": "allgather", "remat": "full"}),
+            ("llama3_8b", 4, {"cp": 2, "cp_kind": "ring", "tp": 2, "remat": "full", "microbatches": 2}),
             ("llama3_8b", 2, {"cp": 2, "cp_kind": "ulysses", "remat": "full"}),
             ("llama3_8b", 4, {"pp": 2, "fsdp": 2, "reshard": "always", "microbatches": 4}),
             ("llama3_8b", 4, {"pp": 2, "fsdp": 2, "schedule": "zbv", "microbatches": 4}),

@@ -18,7 +18,7 @@ from paraxis.plan.trace import trace_step
 from paraxis.recipes.find import find
 from paraxis.train.config import RunConfig
 
-H100 = PretendedDevice("cpu", 0, "NVIDIA H100 80GB HBM3", 79 << 30)
+H100 = PretendedDevice("cpu", 0, "NVIDIA H100 80GB HBM3", 79 << 30, (9, 0))
 
 
 def config_of(settings: dict[str, object]) -> RunConfig:
@@ -121,6 +121,22 @@ def test_fsdp_gathers_and_reduces_every_parameter_as_it_really_does(travel: str,
     begun = [operator.lane for operator in trace.operators if operator.sort == "begin"]
     assert begun.count("all_gather") == 2 + 2 * 3  # what is beside the blocks, and the head, once
     assert begun.count("reduce_scatter") == 2 + 3
+
+
+def test_weights_that_travel_in_float8_are_half_the_bytes_and_are_cast_once_a_step(apart: Callable[..., Any]):
+    settings = {"parallel.fsdp": 4, "model.layers": 3, "model.width": 1024, "precision": "float8_tensorwise"}
+
+    def exchanged(gather: str, kind: str) -> list[int]:
+        trace = trace_step(config_of({**settings, "float8.gather": gather}), 4, 1, H100)
+        return [one.bytes for one in trace.operators if one.exchange == kind]
+
+    whole, half = (sum(apart(exchanged, gather, "all_gather")) for gather in ("bf16", "float8"))
+    with torch.device("meta"):
+        blocks = config_of(settings).model.build().blocks()
+    weights = sum(p.numel() for block in blocks for p in block.parameters() if p.dim() == 2)
+    assert whole - half == pytest.approx(2 * weights, rel=0.01)  # a byte less for each, forward and backward
+    scales = 4 * 3 * 4  # an fp32 number for each of four products of three blocks
+    assert [apart(exchanged, gather, "all_reduce").count(scales) for gather in ("bf16", "float8")] == [0, 1]
 
 
 RUNS: dict[str, tuple[int, dict[str, object]]] = {

@@ -17,9 +17,9 @@ from paraxis.base.strategy import RematConfig, Strategy
 from paraxis.data.config import DataConfig
 from paraxis.models.llama import LlamaConfig
 from paraxis.models.qwen3 import Qwen3MoEConfig
+from paraxis.ops.attention_parts import CpuFlashParts
 from paraxis.ops.routing import RoutingConfig
 from paraxis.optim.config import OptimConfig
-from paraxis.parallel import blocks
 from paraxis.parallel.once import CALL
 from paraxis.train import recompute
 from paraxis.train.config import RunConfig, TrainConfig
@@ -31,6 +31,7 @@ from tests.worlds import WorldError, run_world
 SEQ_LEN, VOCAB = 32, 64
 GIB = 2**30
 DENSE = LlamaConfig(vocab_size=VOCAB, width=32, layers=4, heads=4, kv_heads=2, mlp_width=64)
+MORE_KEYS = replace(DENSE, kv_heads=4)  # two for each rank of cp2, which Ulysses takes by turns
 BALANCED = RoutingConfig(experts=4, chosen=2, balance_loss=0.1, z_loss=0.1)
 EXPERTS = Qwen3MoEConfig(vocab_size=VOCAB, width=32, layers=2, heads=4, kv_heads=2, head_size=8, mlp_width=16, routing=BALANCED)
 
@@ -60,6 +61,7 @@ CASES = [
     ("cp2.ring", DENSE, 120, "none"),
     ("cp2.ring", DENSE, 135, "aot_eager"),  # by its own table the first rank would keep a block more than the second
     ("cp2.ulysses", DENSE, 135, "aot_eager"),  # two blocks keep nothing but their attention
+    ("cp2.ulysses", MORE_KEYS, 40, "aot_eager"),  # and here all of them
     ("fsdp2 x ep2", EXPERTS, 150, "none"),
 ]
 MORE = [
@@ -137,9 +139,9 @@ def test_ranks_with_unlike_tables_keep_what_the_one_with_least_room_for_them_fou
 
 
 def calls_of_attention(config: RunConfig, layout: str) -> tuple[list[Any], int]:
-    """What this rank's blocks keep, and how often attention of a block is computed in the forwards of a step."""
+    """What this rank's blocks keep, and how many parts of attention are computed in the forwards of a step."""
     calls: list[None] = []
-    decide, forward = recompute._Budget.__call__, blocks._forward
+    decide, forward = recompute._Budget.__call__, CpuFlashParts.forward
     kept: list[Any] = []
 
     def decided(self: Any, model: Any) -> Any:
@@ -147,11 +149,11 @@ def calls_of_attention(config: RunConfig, layout: str) -> tuple[list[Any], int]:
         calls.clear()
         return kept
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
-        return forward(*args)
+        return forward(*args, **kwargs)
 
-    with replaced(recompute._Budget, "__call__", decided), replaced(blocks, "_forward", counted):
+    with replaced(recompute._Budget, "__call__", decided), replaced(CpuFlashParts, "forward", counted):
         run = run_of(with_layout(config, layout), MadeRows(VOCAB, SEQ_LEN))
         loader = run.loader()
         train_step(run, [run.take(batch) for batch in next(loader)], lr=0.1)
@@ -161,10 +163,11 @@ def calls_of_attention(config: RunConfig, layout: str) -> tuple[list[Any], int]:
 
 @pytest.mark.parametrize("layout", ["cp2.ring", "cp2.ulysses"])
 def test_compiled_blocks_may_keep_their_attention_across_ranks_and_compute_all_else_again(layout: str):
+    parts = 2  # steps of the ring, or turns
     for kib, computed in ((16, 2), (40, 1)):  # in the first a block has room for its input alone, in the second for its attention too
-        for kept, calls in run_world(calls_of_attention, 2, config_of(DENSE, kib, "aot_eager"), layout):
+        for kept, calls in run_world(calls_of_attention, 2, config_of(MORE_KEYS, kib, "aot_eager"), layout):
             assert set(kept) == {((CALL, 0),) if computed == 1 else ()}
-            assert calls == 4 * 4 * computed  # four rows, one at a time, through four blocks
+            assert calls == 4 * 4 * parts * computed  # four rows, one at a time, through four blocks
 
 
 def kept_by_second_block() -> int:
