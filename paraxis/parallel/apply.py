@@ -53,8 +53,10 @@ def parallelize(model: nn.Module, mesh: Mesh, strategy: Strategy, fill: Fill, ke
         products = convert_linears(model, layout, strategy.low_precision)  # after tensor parallelism, whose parts are what is multiplied
     kept = kept_by(strategy.remat, len(blocks)) if keep is None else keep(model)
     exchange(model, mesh)
-    checkpoint_blocks(blocks, kept, lambda block: strategy.compile != "none" and degrees.cp == 1 and not untraceable(block))
-    compile_blocks(blocks, strategy.compile, whole=degrees.cp == 1)  # after recomputation, which it then sees; before FSDP's eager hooks
+    whole = [block for block in blocks if degrees.cp == 1 and not untraceable(block)]
+    compile_blocks([block for block in blocks if block not in whole], strategy.compile, whole=False)  # recomputation then runs the pieces
+    checkpoint_blocks(blocks, kept, lambda block: strategy.compile != "none" and block in whole)
+    compile_blocks(whole, strategy.compile, whole=True)  # after recomputation, which it then sees; before FSDP's eager hooks
     alone = degrees.shards == degrees.dp == 1 and not strategy.reshard
     if not alone:
         shard_parameters(model, blocks, ends, mesh, strategy.precision, placed, strategy.reshard, strategy.half_travels)
@@ -87,10 +89,9 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str, whole: bool) -> No
     if backend == "none":
         return
     for block in blocks:
-        opaque = untraceable(block)
-        for module in opaque:
+        for module in untraceable(block):
             module.forward = torch.compiler.disable(module.forward)
-        block.forward = torch.compile(block.forward, backend=backend, fullgraph=whole and not opaque, dynamic=False)
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=whole, dynamic=False)
 
 
 def untraceable(whole: nn.Module) -> list[Any]:

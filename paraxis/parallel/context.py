@@ -167,7 +167,8 @@ class UlyssesAttention:
 
     def _attend_in_turns(self, q_k_v: Sequence[Tensor], parts: Parts) -> Tensor:
         ranks = self.group.size()
-        sent, taken = messages_of(q_k_v, ranks, turns_of(q_k_v[1].shape[2] // ranks))
+        turns = turns_of(q_k_v[1].shape[2] // ranks, sum(x.numel() * x.element_size() for x in q_k_v))
+        sent, taken = messages_of(q_k_v, ranks, turns)
         given = Message(((*taken.shapes[0][:-1], taken.shapes[2][-1]),))  # the output is as wide as values are
         return outputs_of(self._in_turns(sent, taken, given, parts, self.group), given)
 

@@ -19,11 +19,12 @@ from paraxis.parallel.collectives import Group, arrived, exchange
 from paraxis.parallel.once import once
 
 MOST_TURNS = 4  # three quarters of the messages are hidden then
+LEAST_BYTES = 32 << 20  # of a turn's message: below that a host would ask for more kernels than the wait is worth
 
 
-def turns_of(kv_heads: int) -> int:
-    """In how many turns a rank that has so many key/value heads computes them."""
-    return next(turns for turns in range(MOST_TURNS, 0, -1) if kv_heads % turns == 0)
+def turns_of(kv_heads: int, bytes: float) -> int:
+    """In how many turns a rank that has so many key/value heads, and so many bytes to send for all heads, computes them."""
+    return next(turns for turns in range(MOST_TURNS, 0, -1) if kv_heads % turns == 0 and (turns == 1 or bytes >= turns * LEAST_BYTES))
 
 
 def in_natural_order(pieces: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -49,14 +50,9 @@ class Message:
         return [in_natural_order([x.unbind() for x in part.unflatten(1, shape)]) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def split(self, tensors: Sequence[Tensor], ranks: int) -> Tensor:
-        """The message [n, x] that `join` takes apart, every number copied once."""
-        message_nx = tensors[0].new_empty(ranks, sum(prod(shape) for shape in self.shapes))
-        parts = message_nx.split([prod(shape) for shape in self.shapes], dim=1)
-        for x, part, shape in zip(tensors, parts, self.shapes, strict=True):
-            for to_rank, pieces in zip(part.unflatten(1, shape), in_pieces(x, ranks), strict=True):
-                for to, piece in zip(to_rank, pieces, strict=True):
-                    to.copy_(piece)
-        return message_nx
+        """The message [n, x] that `join` takes apart."""
+        by_rank = zip(*(in_pieces(x, ranks) for x in tensors), strict=True)
+        return torch.cat([piece.flatten() for one in by_rank for pieces in one for piece in pieces]).view(ranks, -1)
 
 
 class _InTurns(torch.autograd.Function):

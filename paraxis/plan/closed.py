@@ -194,7 +194,7 @@ class Costs(Holdings):
         inner = candidate.cp_ulysses or (d.cp if candidate.cp_kind == "ulysses" else 1)
         swapped = self.exchange_s("all_to_all", 2 * queries + keys, inner, d.tp)
         if candidate.cp_kind == "ulysses":  # the first turn's way in and the last one's way out are what nothing hides
-            turns = turns_of(max(1, getattr(model, "kv_heads", heads) // (d.tp * d.cp)))
+            turns = turns_of(max(1, getattr(model, "kv_heads", heads) // (d.tp * d.cp)), queries + keys)
             swapped = max(swapped / turns, swapped - attended * (turns - 1) / turns)
         ring = d.cp // inner
         message = self.exchange_s("p2p", keys, 2, inner * d.tp) if ring > 1 else 0.0

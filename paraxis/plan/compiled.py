@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from paraxis.ops import loss
 from paraxis.parallel import lowp_gather, remat
 from paraxis.parallel.apply import untraceable
+from paraxis.parallel.once import computed_once
 from paraxis.parallel.tabulate import call_name
 from paraxis.plan.cut_blocks import Function, Tape, cut, left_alone
 from paraxis.plan.pretend import composite_rms_norm, replaced
@@ -47,12 +49,12 @@ def pretending_to_compile(backend: str) -> Iterator[None]:
 
 
 def _compile(known: dict[Any, Callable[..., Any]], forward: Callable[..., Any], *, backend: str, fullgraph: bool, **_: Any) -> Any:
-    """Stands in for torch.compile of a block's forward. Of those that cannot be compiled in one piece, blocks with experts, and blocks that
-    are recomputed, run as they are: what is compiled of them keeps what eager blocks do, or less."""
+    """Stands in for torch.compile of a block's forward. Of those that cannot be compiled in one piece, blocks with experts run as they are:
+    what is compiled of them keeps what eager blocks do, or less."""
     module: nn.Module = getattr(forward, "__wrapped__", forward).__self__
     if not fullgraph:
-        return forward if hasattr(forward, "__wrapped__") or untraceable(module) else _compile_pieces(known, module, forward, backend)
-    options = inspect.getclosurevars(forward).nonlocals.get("options") if hasattr(forward, "__wrapped__") else None
+        return forward if untraceable(module) else _compile_pieces(known, module, forward, backend)
+    options = _checkpointed(forward)
     checkpointing = None if options is None else str(getattr(options.get("context_fn"), "args", "all"))
 
     def call(*args: Any) -> Any:
@@ -68,20 +70,37 @@ def _compile(known: dict[Any, Callable[..., Any]], forward: Callable[..., Any], 
     return call
 
 
+def _checkpointed(forward: Callable[..., Any]) -> dict[str, Any] | None:
+    """How a block's forward is recomputed; None where it is not."""
+    return inspect.getclosurevars(forward).nonlocals["options"] if hasattr(forward, "__wrapped__") else None
+
+
 def _compile_pieces(known: dict[Any, Callable[..., Any]], module: nn.Module, forward: Callable[..., Any], backend: str) -> Any:
     """A block's forward in pieces, from its second run on: the first tells where they end."""
 
     def compiled(function: Function, values: list[Any]) -> Function:
         piece = _graphs(function, min_cut_rematerialization_partition, backend)
-        with _disable_current_modes(), replaced(F, "rms_norm", composite_rms_norm):  # as above
+        # As above; nor does a checkpoint hear of what it saves.
+        with _disable_current_modes(), replaced(F, "rms_norm", composite_rms_norm), saved_tensors_hooks(lambda x: x, lambda x: x):
             piece(tree_map_only(Tensor, _alike, values))
         return piece
 
+    first = set[nn.Module]()  # blocks whose first run is to be computed again
+
     def call(*args: Any) -> Any:
+        options = _checkpointed(module.forward)
+        if options is not None and options.get("context_fn") not in (None, computed_once):
+            return forward(*args)  # operator by operator: torch compiles nothing while it is watched for what to keep
         given = [x for x in (*module.parameters(), *args) if x is not None]
         key = _key(module, "pieces", given)
+        if module in first:  # is computed again as it was computed
+            first.remove(module)
+            with replaced(F, "rms_norm", composite_rms_norm):
+                return forward(*args)
         if key in known:
             return known[key](given)
+        if options is not None:
+            first.add(module)
         tape = Tape()
         slots = [tape.slot(value).number for value in given]
         with replaced(F, "rms_norm", composite_rms_norm), tape.running():

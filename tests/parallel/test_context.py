@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from paraxis.base.errors import ConfigError
 from paraxis.ops.attention import Reference, Sdpa, document_mask
 from paraxis.ops.attention_parts import CpuFlashParts, ReferenceParts, VarlenParts
+from paraxis.parallel import turns
 from paraxis.parallel.blocks import Documents, Plan, attend_in_blocks
 from paraxis.parallel.context import (
     AllGatherAttention,
@@ -20,12 +21,16 @@ from paraxis.parallel.context import (
     usp_attention,
     zigzag_positions,
 )
-from paraxis.parallel.turns import turns_of
 from tests.order import Order
 from tests.worlds import run_world
 
 LENGTH = 32
 KINDS = ["ring", "ulysses", "usp", "allgather"]
+
+
+@pytest.fixture(autouse=True)
+def turns_for_short_messages_too(monkeypatch):
+    monkeypatch.setattr(turns, "LEAST_BYTES", 0)
 
 
 def build(kind, parts):
@@ -128,9 +133,12 @@ def order_of_turns():
     return forward.seen, backward.seen
 
 
-@pytest.mark.parametrize(("kv_heads", "turns"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4)])
-def test_turns_have_as_many_heads_each_and_are_four_at_most(kv_heads, turns):
-    assert turns_of(kv_heads) == turns
+@pytest.mark.parametrize(("kv_heads", "most"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4)])
+def test_turns_have_as_many_heads_each_are_four_at_most_and_fewer_for_short_messages(kv_heads, most, monkeypatch):
+    monkeypatch.setattr(turns, "LEAST_BYTES", 10)
+    assert turns.turns_of(kv_heads, 40) == most
+    assert turns.turns_of(kv_heads, 20) == (2 if kv_heads % 2 == 0 else 1)
+    assert turns.turns_of(kv_heads, 19) == 1
 
 
 def compiled_on_rank(kind):

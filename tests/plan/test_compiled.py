@@ -121,9 +121,21 @@ def test_a_block_in_pieces_keeps_what_the_pieces_that_a_compiler_makes_do():
         torch.testing.assert_close(a, b)
 
 
-def test_a_block_in_pieces_that_is_recomputed_runs_as_it_is():
-    block, _ = block_and_inputs("full")
-    before = block.forward
-    with pretending_to_compile("inductor"):
-        compile_blocks([block], "inductor", whole=False)
-    assert block.forward == before
+@pytest.mark.parametrize(("mode", "pieces"), [("selective", False), ("full", True)])
+def test_a_block_in_pieces_is_recomputed_by_them_unless_operators_are_watched(mode: Any, pieces: bool):
+    block, inputs = block_and_inputs("none")
+    eager, runs = block.forward, list[Any]()
+
+    def forward(*args: Any) -> Any:
+        runs.append(None)
+        return eager(*args)
+
+    with pretending_to_compile("aot_eager"):
+        block.attention.attend = Exchanged(block.attention.attend)
+        forward.__self__ = block  # type: ignore[attr-defined]
+        block.forward = forward
+        compile_blocks([block], "aot_eager", whole=False)
+        checkpoint_blocks([block], kept_by(RematConfig(mode=mode), 1), lambda block: False)
+        for _ in range(3):
+            block(*inputs).sum().backward()
+    assert len(runs) == (2 if pieces else 6)  # the first run, which tells where pieces end, and its recomputation

@@ -20,6 +20,7 @@ from paraxis.models.qwen3 import Qwen3MoEConfig
 from paraxis.ops.attention_parts import CpuFlashParts
 from paraxis.ops.routing import RoutingConfig
 from paraxis.optim.config import OptimConfig
+from paraxis.parallel import turns
 from paraxis.parallel.once import CALL
 from paraxis.train import recompute
 from paraxis.train.config import RunConfig, TrainConfig
@@ -34,6 +35,11 @@ DENSE = LlamaConfig(vocab_size=VOCAB, width=32, layers=4, heads=4, kv_heads=2, m
 MORE_KEYS = replace(DENSE, kv_heads=4)  # two for each rank of cp2, which Ulysses takes by turns
 BALANCED = RoutingConfig(experts=4, chosen=2, balance_loss=0.1, z_loss=0.1)
 EXPERTS = Qwen3MoEConfig(vocab_size=VOCAB, width=32, layers=2, heads=4, kv_heads=2, head_size=8, mlp_width=16, routing=BALANCED)
+
+
+@pytest.fixture(autouse=True)
+def turns_for_short_messages_too(monkeypatch: Any):
+    monkeypatch.setattr(turns, "LEAST_BYTES", 0)
 
 
 def config_of(model: Any, kib: float, compile: str = "none") -> RunConfig:
@@ -168,6 +174,31 @@ def test_compiled_blocks_may_keep_their_attention_across_ranks_and_compute_all_e
         for kept, calls in run_world(calls_of_attention, 2, config_of(MORE_KEYS, kib, "aot_eager"), layout):
             assert set(kept) == {((CALL, 0),) if computed == 1 else ()}
             assert calls == 4 * 4 * parts * computed  # four rows, one at a time, through four blocks
+
+
+def runs_of_pieces(layout: str, model: Any, mode: Any) -> int:
+    """How often a piece of a block that was compiled runs in a step, backward included."""
+    runs: list[None] = []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            runs.append(None)
+            return graph.forward(*args)
+
+        return run
+
+    torch._dynamo.register_backend(counted, name="counted")
+    run = run_of(with_layout(replace(config_of(model, 0, "counted"), remat=RematConfig(mode=mode)), layout), MadeRows(VOCAB, SEQ_LEN))
+    loader = run.loader()
+    train_step(run, [run.take(batch) for batch in next(loader)], lr=0.1)
+    loader.close()
+    return len(runs)
+
+
+@pytest.mark.parametrize(("layout", "model"), [("cp2.ring", DENSE), ("cp2.ulysses", DENSE), ("fsdp2 x ep2", EXPERTS)])
+def test_blocks_in_pieces_that_are_computed_again_are_so_by_their_compiled_pieces(layout: str, model: Any):
+    once, again = (run_world(runs_of_pieces, 2, layout, model, mode)[0] for mode in ("none", "full"))
+    assert again > once > 0  # not all of them twice: what follows the last that backward needs is left out
 
 
 def kept_by_second_block() -> int:
