@@ -12,6 +12,7 @@ import ctypes
 import os
 import re
 import sys
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from paraxis.base.errors import ConfigError
+
+STARTED_S = time.perf_counter()  # commands load this file first of all; copies of a process have its clock
 
 _STORE = "PARAXIS_STORE"
 _CACHE = "PARAXIS_CACHE"

@@ -1,6 +1,6 @@
 """A row of a benchmark of training steps: what is run, what each run of it measured, and both as one record of the results file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -33,7 +33,8 @@ class Measured:
     """One run of a row. Lists hold a value for each measured step, or group of steps, after the warm-up.
 
     `tokens_per_s` is that of one device, `reserved_gib` the peak of a rank over the whole run, `first_step_s` and `wall_s` count
-    from the launch. `mfu` is ours, `mfu_torchtitan` by TorchTitan's convention. `error` says why the run did not end well.
+    from the launch; `startup_s` is where ours says that the seconds before its first step went. `mfu` is ours, `mfu_torchtitan` by
+    TorchTitan's convention. `error` says why the run did not end well.
     """
 
     layout: str
@@ -46,6 +47,7 @@ class Measured:
     reserved_gib: float | None = None
     losses: Sequence[tuple[int, float | None]] = field(default=())
     first_step_s: float | None = None
+    startup_s: Mapping[str, float] = field(default_factory=dict)
     wall_s: float = 0.0
     error: str | None = None
 

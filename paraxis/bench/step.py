@@ -64,6 +64,7 @@ class Ours:
             reserved_gib=max((line["memory_gib"] for line in metrics), default=None),
             losses=[(line["step"], line["loss"]) for line in metrics],
             first_step_s=timing.first_step_s,
+            startup_s=start.get("startup_s", {}),
             wall_s=timing.wall_s,
             error=reason(timing, output.read_text(errors="replace"), self.pace.limit_s),
         )

@@ -17,6 +17,7 @@ from paraxis.base.errors import ParaxisError, Preempted, StorageError, TrainingE
 from paraxis.checkpoint.place import checkpoints_of
 from paraxis.data.open import Live
 from paraxis.observe.folder import RunFolder
+from paraxis.observe.startup import StartUp
 from paraxis.observe.trace import Profile
 from paraxis.parallel.world import World, join, leave, peer_is_lost
 from paraxis.train.config import RunConfig
@@ -40,6 +41,8 @@ def run_worker(config: RunConfig, *, base: str, run_dir: Path, resume: str) -> N
     must refuses where it does not, never refuses where it does. Raises ParaxisError for what a person can mend; `said` tells
     those that another rank has already raised alike, so that a person reads each message once.
     """
+    startup = StartUp()
+    startup.ends("imports")
     environment = read_environment()
     prefer_expandable_segments()
     if config.train.deterministic:
@@ -52,9 +55,10 @@ def run_worker(config: RunConfig, *, base: str, run_dir: Path, resume: str) -> N
         if not world.device.is_cuda:
             keep_freed_memory()
         _choose_who_logs(world)
+        startup.ends("joining")
         folder = RunFolder(run_dir)
         with folder.hold() if world.first else nullcontext():
-            _train(config, base, folder, resume, environment, world, stop)
+            _train(config, base, folder, resume, environment, world, stop, startup)
     except ParaxisError as error:
         if world is not None:
             # All ranks stop on request: one that gets no answer knows that the store's own rank has spoken, and left.
@@ -87,21 +91,31 @@ def _await_launcher(stop: StopRequest) -> None:
         time.sleep(0.05)
 
 
-def _train(config: RunConfig, base: str, folder: RunFolder, resume: str, environment: Environment, world: World, stop: StopRequest) -> None:
+def _train(
+    config: RunConfig,
+    base: str,
+    folder: RunFolder,
+    resume: str,
+    environment: Environment,
+    world: World,
+    stop: StopRequest,
+    startup: StartUp,
+) -> None:
     live = Live(owner=str(folder.path.resolve()), leads=environment.local_rank == 0)
     data = open_data(config, environment.cache_dir, world.size, live=live)
-    started_s = time.perf_counter()
+    startup.ends("data")
     run = assemble(config, world, data.rows, data.held_out)
     run.optimizer.counters()  # waits for the device, so that the first values are there
-    built_s = time.perf_counter() - started_s
+    startup.ends("building")
     resumed = begin(run, folder, resume)
+    startup.ends("reading")
     text = to_toml(config, base)
     if world.first:
         folder.write_config(text)
     files = {"config.toml": text.encode(), **data.files}
     record = Record(folder, world, config.metrics, total=config.train.steps, done=run.step)
     profile = Profile(config.profile, folder.trace, world.rank, world.device)
-    start = {"layout": str(run.mesh.degrees), "ranks": world.size, "built_s": round(built_s, 3)}
+    start = {"layout": str(run.mesh.degrees), "ranks": world.size, "startup_s": startup.seconds}
     start |= {"init_from": config.train.init_from} if config.train.init_from and not resumed else {}
     record.event("resume" if resumed else "start", str(resumed or base), step=run.step, **start)
     try:

@@ -47,6 +47,10 @@ def test_startup_is_measured_cold_and_warm_in_caches_of_its_own(tmp_path: Path):
     assert done.returncode == 1, done.stderr
     good, bad = json.loads(done.stdout)["rows"]
     assert min(good["cold_s"], good["warm_s"]) > 0
+    for when in ("cold", "warm"):
+        parts = dict(part.rsplit(" ", 1) for part in good[f"{when}_apart_s"])
+        assert list(parts) == ["imports", "joining", "data", "building", "reading", "first step"]
+        assert sum(map(float, parts.values())) == pytest.approx(good[f"{when}_s"], abs=0.3)  # each is rounded
     assert good["error"] is None
     assert bad["error"].startswith("data.paths: no file at ")
     assert any((tmp_path / "logs/caches-1/paraxis").iterdir())  # what the first run prepared is there for the second
