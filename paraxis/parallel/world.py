@@ -91,6 +91,11 @@ class World:
             self.store.delete_key(k)
         return values
 
+    def wait_for_all(self) -> None:
+        """Waits until all ranks are here. Joining a group does not: one that goes on, and ends, breaks connections others still make."""
+        self.gather_json(None)
+        self.broadcast_json(None)
+
     def agree_json(self, value: Any, ranks: Sequence[int], choose: Callable[[list[Any]], Any]) -> Any:
         """What `choose`, which the first of `ranks` is asked, makes of the values of all of them in their order: on each of them, and all
         of them call this equally often."""
@@ -143,7 +148,9 @@ def join(env: Environment) -> World:
         timeout=FIRST_STEP_TIMEOUT,
         device_id=device.torch if device.is_cuda else None,
     )
-    return World(env.rank, env.world_size, env.local_rank, device, dist.PrefixStore("exchange", store))
+    world = World(env.rank, env.world_size, env.local_rank, device, dist.PrefixStore("exchange", store))
+    world.wait_for_all()
+    return world
 
 
 def peer_is_lost(error: BaseException) -> bool:
