@@ -77,10 +77,10 @@ def this_cluster(devices: int) -> Cluster:
     if Path(MEASURED).is_file():
         return read_cluster(MEASURED)
     name = ask_machine().name if devices else "a CPU"
-    for ready in ready_clusters() if devices else ():
-        cluster = read_cluster(ready)
-        if {one.name for one in cluster.accelerators.values()} == {name} and devices <= cluster.pools[0].devices:
-            return cluster
+    known = [read_cluster(ready) for ready in ready_clusters()] if devices else []
+    same = [one for one in known if {device.name for device in one.accelerators.values()} == {name} and devices <= one.pools[0].devices]
+    if same:
+        return min(same, key=lambda one: one.pools[0].devices)  # the host most like this one
     raise ConfigError(
         f"parallel.auto=true needs to know this machine ({name}), and there is no {MEASURED} here; run paraxis probe, which measures "
         f"it, or give --cluster: a file, or one of {', '.join(ready_clusters())}"

@@ -1,5 +1,6 @@
 """`paraxis train`: starts the local workers of a run, or is one of them."""
 
+import gc
 import shutil
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from paraxis.base.axes import Degrees
 from paraxis.base.config import Setting, describe, flatten, redact, suggestion, to_toml
 from paraxis.base.env import Environment, count_gpus_without_cuda, read_environment, worker_threads
 from paraxis.base.errors import ConfigError
+from paraxis.base.loading import loading
 from paraxis.cli.arguments import Arguments, one_of, parse, whole_number
 from paraxis.cli.end_of_run import show_end
 from paraxis.cli.output import show
@@ -64,14 +66,16 @@ def run(arguments: list[str]) -> int:
 
 def _run(parsed: Arguments, arguments: list[str]) -> int:
     env = read_environment()
+    gc.disable()  # imports and compilers make a million objects that stay; the loop turns it on again (train/loop.py)
     if not env.is_worker:
         count_gpus_without_cuda()
-    # Here, so that help does not wait for torch.
-    from paraxis.base.layout import laid_out
-    from paraxis.parallel.world import can_be_copied
-    from paraxis.recipes.find import find
-    from paraxis.train.check import check
-    from paraxis.train.worker import run_worker
+    with loading(lambda: ["sympy"]):  # torch needs it, and it nothing of torch
+        # Here, so that help does not wait for torch.
+        from paraxis.base.layout import laid_out
+        from paraxis.parallel.world import can_be_copied
+        from paraxis.recipes.find import find
+        from paraxis.train.check import check
+        from paraxis.train.worker import run_worker
 
     [recipe] = parsed.names
     resume = one_of("resume", parsed.options.get("resume", "auto"), RESUME)

@@ -157,7 +157,7 @@ def _problems(device: Device, documents: bool, head_width: int | None, dtype: to
         fused = "it cannot keep documents apart"
     elif dtype not in HALF:
         fused = f"it computes in bf16 or fp16, not {dtype}"
-    elif torch.cuda.is_available() and torch.cuda.get_device_capability(device.torch) < (8, 0):
+    elif device.capability < (8, 0):
         fused = f"it needs an Ampere GPU or a newer one, this is {device.name}"
     width = head_width or 0
     cudnn = fused

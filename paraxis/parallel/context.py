@@ -24,8 +24,8 @@ from paraxis.base.seams import Attend, Batch
 from paraxis.ops.attention_parts import Parts
 from paraxis.parallel.blocks import Block, Documents, Plan, attend_in_blocks
 from paraxis.parallel.collectives import Group, gather_sequence
+from paraxis.parallel.heads import Message, exchange_and_attend, in_natural_order, in_pieces, message_of, output_of
 from paraxis.parallel.mesh import Mesh
-from paraxis.parallel.turns import Message, exchange_and_attend, in_natural_order, in_pieces, messages_of, outputs_of, turns_of
 
 _Made = TypeVar("_Made")
 
@@ -139,7 +139,7 @@ class AllGatherAttention:
 
 @dataclass(frozen=True)
 class UlyssesAttention:
-    """All positions of h/n heads on each rank, in natural order: rows that are whole for `parts`, a few heads a turn, else for `attend`.
+    """All positions of h/n heads on each rank, in natural order: whole rows for `parts`, in one message each way, else for `attend`.
 
     Where there are fewer key/value heads than ranks, or they do not divide, each is repeated as little as makes every rank
     get its own; going back, the copies' gradients are summed.
@@ -149,7 +149,7 @@ class UlyssesAttention:
     attend: Attend
     parts: Parts | None = None
     _exchange: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(_all_to_all))
-    _in_turns: Callable[..., Any] = field(init=False, repr=False, default_factory=lambda: _untraced(exchange_and_attend))
+    _whole_rows: Callable[..., Tensor] = field(init=False, repr=False, default_factory=lambda: _untraced(exchange_and_attend))
 
     def mask(self, documents_bt: Tensor | None) -> Any:
         """Whatever `attend` makes of the document numbers of all positions."""
@@ -161,16 +161,14 @@ class UlyssesAttention:
         copies = kv_copies(q_bthd.shape[2], k_bsgd.shape[2], self.group.size())
         k_bsgd, v_bsgd = (x.repeat_interleave(copies, dim=2) if copies > 1 else x for x in (k_bsgd, v_bsgd))
         if self.parts is not None and mask is None:
-            return self._attend_in_turns((q_bthd, k_bsgd, v_bsgd), self.parts)
+            return self._attend_whole_rows((q_bthd, k_bsgd, v_bsgd), self.parts)
         q, k, v = (self._to_heads(x) for x in (q_bthd, k_bsgd, v_bsgd))
         return self._to_positions(self.attend(q, k, v, mask))
 
-    def _attend_in_turns(self, q_k_v: Sequence[Tensor], parts: Parts) -> Tensor:
-        ranks = self.group.size()
-        turns = turns_of(q_k_v[1].shape[2] // ranks, sum(x.numel() * x.element_size() for x in q_k_v))
-        sent, taken = messages_of(q_k_v, ranks, turns)
+    def _attend_whole_rows(self, q_k_v: Sequence[Tensor], parts: Parts) -> Tensor:
+        sent, taken = message_of(q_k_v, self.group.size())
         given = Message(((*taken.shapes[0][:-1], taken.shapes[2][-1]),))  # the output is as wide as values are
-        return outputs_of(self._in_turns(sent, taken, given, parts, self.group), given)
+        return output_of(self._whole_rows(sent, taken, given, parts, self.group), given)
 
     def _to_heads(self, x_bthd: Tensor) -> Tensor:
         """[b, t, h, d] to [b, T, h/n, d], positions in natural order."""

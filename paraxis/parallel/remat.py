@@ -5,7 +5,9 @@ Source: Chen et al. 2016, "Training deep nets with sublinear memory cost"; selec
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import cache, partial, wraps
+from hashlib import sha256
+from inspect import getsource
 from typing import Any, Literal
 
 import torch
@@ -81,12 +83,23 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], kept: Sequence[Kept], traced:
         # Generators are put back for the second time: what a block drops out it has to drop out again.
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
         if what == "costly":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+            options["context_fn"] = _known(partial(create_selective_checkpoint_contexts, _policy), what)
         elif any(name == CALL for name, _ in what):
             options["context_fn"] = computed_once
         elif what or traced(block):  # is told of every operator: those in autograd functions of which it is not told torch 2.11 keeps
-            options["context_fn"] = partial(_contexts, what)
+            options["context_fn"] = _known(partial(_contexts, what), what)
         block.forward = _recomputed(block.forward, options)
+
+
+def _known(contexts: Any, kept: Kept) -> Any:
+    """`contexts`, by which a compiled graph can be found again in torch's cache: a name for all that decides what they keep."""
+    contexts.cache_hash = sha256(repr((kept, sorted(map(str, KEPT)), _source())).encode()).hexdigest()
+    return contexts
+
+
+@cache
+def _source() -> tuple[str, ...]:
+    return tuple(map(getsource, (_policy, _contexts, call_name)))
 
 
 def _recomputed(forward: Any, options: dict[str, Any]) -> Any:

@@ -11,7 +11,6 @@ from functools import cached_property
 from math import prod, sqrt
 
 from paraxis.optim.build import state_bytes
-from paraxis.parallel.turns import turns_of
 from paraxis.plan.blocks import BlockKind, Multiplied
 from paraxis.plan.candidates import Candidate
 from paraxis.plan.hardware import ExchangeKind
@@ -193,9 +192,6 @@ class Costs(Holdings):
             return gathered, gathered + self.exchange_s("reduce_scatter", keys * d.cp, d.cp, d.tp)
         inner = candidate.cp_ulysses or (d.cp if candidate.cp_kind == "ulysses" else 1)
         swapped = self.exchange_s("all_to_all", 2 * queries + keys, inner, d.tp)
-        if candidate.cp_kind == "ulysses":  # the first turn's way in and the last one's way out are what nothing hides
-            turns = turns_of(max(1, getattr(model, "kv_heads", heads) // (d.tp * d.cp)), queries + keys)
-            swapped = max(swapped / turns, swapped - attended * (turns - 1) / turns)
         ring = d.cp // inner
         message = self.exchange_s("p2p", keys, 2, inner * d.tp) if ring > 1 else 0.0
         # A piece of keys travels while the one before it is attended to; in backward, with its gradient.

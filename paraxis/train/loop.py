@@ -1,5 +1,6 @@
 """The training loop: steps, and between them whatever is due. What a step computes stands in step.py."""
 
+import gc
 from dataclasses import dataclass
 
 from paraxis.base.errors import Preempted, TrainingError
@@ -47,6 +48,7 @@ def train(run: Run, record: Record, profile: Profile, saving: Saving, stop: Stop
                 settlement.settle()
                 unsaved.refuse()
                 run.world.expect_quick_steps()
+                look_for_new_garbage_only()
             if run.step == total or settlement.stop or due(run, run.config.checkpoint.every) or due(run, run.config.eval.every):
                 settlement.settle()
                 between_steps(run, record, saving, last=run.step == total or settlement.stop)
@@ -57,10 +59,18 @@ def train(run: Run, record: Record, profile: Profile, saving: Saving, stop: Stop
         raise
     finally:
         loader.close()
+        gc.unfreeze()
     if run.step < total:
         record.event("stop", stop.reason or "another rank was asked to stop", step=run.step)
         raise Preempted(f"stopped on request after step {run.step} of {total}, with everything saved; the same command continues the run")
     record.event("stop", "finished", step=run.step)
+
+
+def look_for_new_garbage_only() -> None:
+    """Has Python's collector pass over all that there is after the first step, which stays: to look again would stop a rank for long."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def due(run: Run, every: int) -> bool:

@@ -14,12 +14,13 @@ import torch
 from paraxis.base.config import to_toml
 from paraxis.base.env import Environment, allow_deterministic_kernels, keep_freed_memory, prefer_expandable_segments, read_environment
 from paraxis.base.errors import ParaxisError, Preempted, StorageError, TrainingError
+from paraxis.base.loading import loading
 from paraxis.checkpoint.place import checkpoints_of
 from paraxis.data.open import Live
 from paraxis.observe.folder import RunFolder
 from paraxis.observe.startup import StartUp
 from paraxis.observe.trace import Profile
-from paraxis.parallel.world import World, join, leave, peer_is_lost
+from paraxis.parallel.world import World, join, leave, peer_is_lost, visible_devices
 from paraxis.train.config import RunConfig
 from paraxis.train.data import open_data
 from paraxis.train.loop import StopRequest, train
@@ -51,7 +52,8 @@ def run_worker(config: RunConfig, *, base: str, run_dir: Path, resume: str) -> N
     stop = StopRequest()
     world: World | None = None
     try:
-        world = join(environment)
+        with loading(lambda: _compiler(config)):  # joining waits for drivers and peers, and imports nothing
+            world = join(environment)
         if not world.device.is_cuda:
             keep_freed_memory()
         _choose_who_logs(world)
@@ -73,6 +75,12 @@ def run_worker(config: RunConfig, *, base: str, run_dir: Path, resume: str) -> N
         raise lost from error
     finally:
         leave()
+
+
+def _compiler(config: RunConfig) -> list[str]:
+    """The module that takes longest to load where blocks will be compiled by it."""
+    wanted = config.compile == "inductor" or (config.compile == "auto" and visible_devices() > 0)
+    return ["torch._inductor.compile_fx"] if wanted else []
 
 
 def _choose_who_logs(world: World) -> None:

@@ -1,6 +1,7 @@
 """Every attention backend computes what the reference computes."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from paraxis.base.device import CPU, Device
 from paraxis.base.errors import ConfigError
 from paraxis.ops import attention
 from paraxis.ops.attention import Flex, FusedSdpa, Reference, Sdpa, choose_attention, document_block_mask
+from paraxis.parallel.world import this_device
 
-GPU = Device("cuda", 0, "NVIDIA H200", 141 << 30)
+GPU = Device("cuda", 0, "NVIDIA H200", 141 << 30, (9, 0))
 
 
 def documents(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -125,6 +127,8 @@ def test_an_explicit_request_is_met_or_refused_with_the_reason():
     assert isinstance(chosen("reference", GPU, True), Reference)
     with pytest.raises(ConfigError, match=r"cudnn.*needs a CUDA device"):
         chosen("cudnn", CPU, False)
+    with pytest.raises(ConfigError, match=r"flash.*an Ampere GPU or a newer one, this is Tesla V100"):
+        chosen("flash", replace(GPU, name="Tesla V100", capability=(7, 0)), False)
     with pytest.raises(ConfigError, match=r"flash.*keep documents apart"):
         chosen("flash", GPU, True)
     with pytest.raises(ConfigError, match=r"no such backend.*cudnn, flash, flex, sdpa, reference"):
@@ -140,7 +144,7 @@ def test_whole_row_kernels_refuse_documents():
 @pytest.mark.parametrize(("request_", "masked"), [("cudnn", False), ("flash", False), ("flex", True), ("sdpa", True)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gpu_kernels_equal_the_reference_in_bf16(request_, masked, compiled):
-    device = Device("cuda", 0, torch.cuda.get_device_name(), 0)
+    device = this_device(0)
     qkv = inputs(300, 8, 2, torch.bfloat16, "cuda", width=128)
     docs = documents(2, 300).cuda() if masked else None
     attend = choose_attention(request_, device, masked, 128, torch.bfloat16)

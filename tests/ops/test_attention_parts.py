@@ -9,7 +9,7 @@ from paraxis.base.device import CPU, Device
 from paraxis.ops.attention import Reference, document_mask
 from paraxis.ops.attention_parts import CpuFlashParts, CudnnParts, FlashParts, Merged, ReferenceParts, Runs, VarlenParts, choose_parts
 
-GPU = Device("cuda", 0, "NVIDIA H200", 141 << 30)
+GPU = Device("cuda", 0, "NVIDIA H200", 141 << 30, (9, 0))
 HALF_LENGTH = 6
 FIRST, SECOND = slice(0, HALF_LENGTH), slice(HALF_LENGTH, 2 * HALF_LENGTH)
 BOTH = slice(None)  # rows

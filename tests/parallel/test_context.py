@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_leaves
 from paraxis.base.errors import ConfigError
 from paraxis.ops.attention import Reference, Sdpa, document_mask
 from paraxis.ops.attention_parts import CpuFlashParts, ReferenceParts, VarlenParts
-from paraxis.parallel import turns
 from paraxis.parallel.blocks import Documents, Plan, attend_in_blocks
 from paraxis.parallel.context import (
     AllGatherAttention,
@@ -26,11 +25,6 @@ from tests.worlds import run_world
 
 LENGTH = 32
 KINDS = ["ring", "ulysses", "usp", "allgather"]
-
-
-@pytest.fixture(autouse=True)
-def turns_for_short_messages_too(monkeypatch):
-    monkeypatch.setattr(turns, "LEAST_BYTES", 0)
 
 
 def build(kind, parts):
@@ -117,28 +111,20 @@ def test_spread_attention_from_the_reference_equals_one_process(kind, ranks):
     check(kind, ranks, [*FP64, *FP32], ReferenceParts())
 
 
-def test_what_one_turn_of_ulysses_sends_travels_while_others_compute():
-    for order in run_world(order_of_turns, 2):
+def test_ulysses_of_whole_rows_sends_one_message_each_way():
+    for order in run_world(order_of_messages, 2):
         for seen in order:
-            assert seen == ["send"] * 4 + ["wait", "attention", "send"] * 4 + ["wait"] * 4
+            assert seen == ["send", "wait", "attention", "send", "wait"]
 
 
-def order_of_turns():
+def order_of_messages():
     attend = build("ulysses", CpuFlashParts())
-    qkv = [torch.randn(2, 4, heads, 8, requires_grad=True) for heads in (16, 8, 8)]  # each rank computes four key/value heads
+    qkv = [torch.randn(2, 4, heads, 8, requires_grad=True) for heads in (16, 8, 8)]
     with Order() as forward:
         out = attend(*qkv, None)
     with Order() as backward:
         out.backward(torch.randn(out.shape))
     return forward.seen, backward.seen
-
-
-@pytest.mark.parametrize(("kv_heads", "most"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4)])
-def test_turns_have_as_many_heads_each_are_four_at_most_and_fewer_for_short_messages(kv_heads, most, monkeypatch):
-    monkeypatch.setattr(turns, "LEAST_BYTES", 10)
-    assert turns.turns_of(kv_heads, 40) == most
-    assert turns.turns_of(kv_heads, 20) == (2 if kv_heads % 2 == 0 else 1)
-    assert turns.turns_of(kv_heads, 19) == 1
 
 
 def compiled_on_rank(kind):

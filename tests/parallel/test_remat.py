@@ -1,9 +1,11 @@
 """What blocks keep for backward: whatever is chosen, the gradients are the same, and what is kept is what the table says."""
 
 import gc
+import shutil
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -99,6 +102,19 @@ def kept_bytes(model: nn.Module, compiled: bool, dtype: torch.dtype = torch.floa
     own = {x.untyped_storage()._cdata for x in shared}
     # A compiled block on a CPU saves its random state too, in bytes.
     return sum(x.untyped_storage().nbytes() for n, x in packed.items() if n not in own and x.dtype != torch.uint8)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+def test_a_compiled_block_is_found_in_torchs_cache_again_by_what_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for kept in ("costly", "costly", (), (("mm", 0),), (("mm", 0),)):
+        counters.clear()
+        model = model_keeping(DENSE, kept, "inductor").to(torch.float32)
+        tables = rope_tables(batch().positions_bt, model.rope, model.rope_width, dtype=torch.float32)
+        model.blocks()[0](torch.ones(ROWS, LENGTH, WIDTH, requires_grad=True), *tables, None).sum().backward()
+        found.append((counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"]))
+    assert found == [(0, 1), (1, 0), (0, 1), (0, 1), (1, 0)]
 
 
 def some(found: Sequence[Choice]) -> list[Choice]:

@@ -1,12 +1,15 @@
 """What a run leaves behind to look at: held-out loss, metrics, TensorBoard curves, profiles."""
 
+import gc
 import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from paraxis.train import loop
 from tests.runs import RECIPES, SMALL, events, lines, metrics, paraxis, succeeded
 
 LAYOUTS = {
@@ -123,3 +126,16 @@ def test_without_a_profile_no_trace_is_written(tmp_path: Path):
     succeeded(paraxis(*PLAIN, "--train.steps=2", folder=tmp_path))
     assert not (tmp_path / "run" / "trace").exists()
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock", "config.toml", "metrics.jsonl", "events.jsonl", "checkpoints"}
+
+
+def test_the_garbage_collector_waits_for_the_first_step_and_then_looks_at_new_objects_only(train: Train, tmp_path: Path):
+    def watch() -> None:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with (tmp_path / "seen").open("a") as seen:
+                print(gc.isenabled(), gc.get_freeze_count() > 0, file=seen)
+            return step(*args, **kwargs)
+
+        step, loop.train_step = loop.train_step, watched
+
+    succeeded(paraxis(*train("--run-dir=run", "--train.steps=3"), folder=tmp_path, before=watch))
+    assert (tmp_path / "seen").read_text().splitlines() == ["False False", "True True", "True True"]

@@ -20,7 +20,6 @@ from paraxis.models.qwen3 import Qwen3MoEConfig
 from paraxis.ops.attention_parts import CpuFlashParts
 from paraxis.ops.routing import RoutingConfig
 from paraxis.optim.config import OptimConfig
-from paraxis.parallel import turns
 from paraxis.parallel.once import CALL
 from paraxis.train import recompute
 from paraxis.train.config import RunConfig, TrainConfig
@@ -32,14 +31,9 @@ from tests.worlds import WorldError, run_world
 SEQ_LEN, VOCAB = 32, 64
 GIB = 2**30
 DENSE = LlamaConfig(vocab_size=VOCAB, width=32, layers=4, heads=4, kv_heads=2, mlp_width=64)
-MORE_KEYS = replace(DENSE, kv_heads=4)  # two for each rank of cp2, which Ulysses takes by turns
+MORE_KEYS = replace(DENSE, kv_heads=4)
 BALANCED = RoutingConfig(experts=4, chosen=2, balance_loss=0.1, z_loss=0.1)
 EXPERTS = Qwen3MoEConfig(vocab_size=VOCAB, width=32, layers=2, heads=4, kv_heads=2, head_size=8, mlp_width=16, routing=BALANCED)
-
-
-@pytest.fixture(autouse=True)
-def turns_for_short_messages_too(monkeypatch: Any):
-    monkeypatch.setattr(turns, "LEAST_BYTES", 0)
 
 
 def config_of(model: Any, kib: float, compile: str = "none") -> RunConfig:
@@ -169,7 +163,7 @@ def calls_of_attention(config: RunConfig, layout: str) -> tuple[list[Any], int]:
 
 @pytest.mark.parametrize("layout", ["cp2.ring", "cp2.ulysses"])
 def test_compiled_blocks_may_keep_their_attention_across_ranks_and_compute_all_else_again(layout: str):
-    parts = 2  # steps of the ring, or turns
+    parts = 2 if layout == "cp2.ring" else 1
     for kib, computed in ((16, 2), (40, 1)):  # in the first a block has room for its input alone, in the second for its attention too
         for kept, calls in run_world(calls_of_attention, 2, config_of(MORE_KEYS, kib, "aot_eager"), layout):
             assert set(kept) == {((CALL, 0),) if computed == 1 else ()}
