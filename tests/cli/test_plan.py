@@ -8,6 +8,7 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +210,12 @@ def test_what_is_missing_is_asked_for(cluster: Path, tmp_path: Path, monkeypatch
         auto.this_cluster(0)
     (tmp_path / "cluster.toml").write_text(cluster.read_text())
     assert auto.this_cluster(0).name == "four processes"
+
+
+def test_the_ready_file_of_a_machine_is_that_of_its_gpus_and_of_the_host_most_like_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(auto, "ask_machine", lambda: SimpleNamespace(name="NVIDIA H200"))
+    assert [auto.this_cluster(devices).name for devices in (1, 2, 3, 8)] == ["2 x H200", "2 x H200", "DGX H200", "DGX H200"]
 
 
 LINKED = """
