@@ -5,7 +5,8 @@ which no real tensor does, so the two cannot be mistaken for each other: the hos
 Fake tensors that say `cuda` would need a CUDA build of torch, and a driver, for autograd.
 """
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -183,6 +184,13 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
 )
 
 
+class PretendedWorld(World):
+    """One rank of a run, asked by itself: what ranks agree on is what this one would have them do."""
+
+    def agree_json(self, value: Any, ranks: Sequence[int], choose: Callable[[list[Any]], Any]) -> Any:
+        return choose([json.loads(json.dumps(value))])
+
+
 @contextmanager
 def pretended_world(ranks: int, rank: int, device: PretendedDevice) -> Iterator[World]:
     """The `rank`-th of `ranks`, alone in this process: collectives return at once and leave their outputs as they are."""
@@ -194,4 +202,4 @@ def pretended_world(ranks: int, rank: int, device: PretendedDevice) -> Iterator[
             after.enter_context(replaced(owner, "new_group", _own_group(owner.new_group, rank)))
         for owner, name, value in _REPLACED:
             after.enter_context(replaced(owner, name, value))
-        yield World(rank, ranks, 0, device, dist.HashStore())
+        yield PretendedWorld(rank, ranks, 0, device, dist.HashStore())

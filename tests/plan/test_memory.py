@@ -23,6 +23,10 @@ RUNS: dict[str, tuple[str, int, int, dict[str, object]]] = {
     "tensors, selective": ("llama3_8b", 16, 5, {"parallel.fsdp": 8, "parallel.tp": 2, "model.layers": 6, "data.seq_len": 1024}),
     "pipeline, none": ("debug", 4, 2, {"parallel.tp": 2, "parallel.pp": 2, "parallel.microbatches": 3, "model.layers": 9}),
     "compiled": ("llama3_8b", 4, 3, {"parallel.fsdp": 4, "model.layers": 6, "compile": "inductor", "data.seq_len": 1024}),
+    "as memory allows": (
+        *("llama3_8b", 2, 1),
+        {"parallel.fsdp": 2, "model.layers": 6, "remat.mode": "budget", "remat.budget": 0.5, "data.seq_len": 1024},
+    ),
     "in pieces": ("llama3_8b", 2, 1, {"parallel.cp": 2, "model.layers": 6, "compile": "inductor", "data.seq_len": 1024}),
     "experts": ("qwen3_30b_a3b", 16, 9, {"parallel.fsdp": 16, "model.layers": 5, "data.seq_len": 512}),
     "gathered in float8": ("llama3_8b", 2, 0, {"parallel.fsdp": 2, "model.layers": 6, "data.seq_len": 1024, **GATHERED_IN_FLOAT8}),
