@@ -146,10 +146,10 @@ def test_a_save_that_is_killed_leaves_the_last_committed_state(mode: str, ranks:
     place = tmp_path / "checkpoints"
     save(place, step, pieces(step, 0, 1), {"step": step}, FILES)
     sizes = [written_by(place / "step-0", 0) // 4] * ranks  # surely no more than each writes, until it is known
-    came_through = 0
+    came_through, latest = 0, KILLED_AFTER
     for _ in range(points):
         victim = dice.randrange(ranks)
-        plan = at_byte(dice.randrange(sizes[victim])) if how == "byte" else after(dice.uniform(0.0, KILLED_AFTER))
+        plan = at_byte(dice.randrange(sizes[victim])) if how == "byte" else after(dice.uniform(0.0, latest))
         with pytest.raises(WorldError, match="SIGKILL"):
             fork_world(partial(body, place, step + 1, ranks, victim, plan), ranks, timeout_s=30)
         said: list[str] = []
@@ -162,6 +162,7 @@ def test_a_save_that_is_killed_leaves_the_last_committed_state(mode: str, ranks:
         assert all(verify(place / name).whole for name in store.complete())
         assert store.latest() in store.complete()
         came_through += there == step + 2
+        latest = min(KILLED_AFTER, latest * (0.6 if there == step + 2 else 1.4))  # a machine may have other work
         step, sizes = there, [written_by(place / f"step-{there}", rank) for rank in range(ranks)]
     assert points < 10 or came_through < points
     save(place, step + 1, pieces(step + 1, 0, 1), {"step": step + 1}, FILES)
