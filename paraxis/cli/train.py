@@ -61,12 +61,15 @@ def run(arguments: list[str]) -> int:
     if len(parsed.names) != 1:
         given = f"not {len(parsed.names)} ({' '.join(parsed.names)})" if parsed.names else "as in: paraxis train debug"
         raise ConfigError(f"train takes one recipe, {given}; a setting is written --field=value")
-    return _run(parsed, arguments)
+    gc.disable()  # imports and compilers make a million objects that stay; the loop turns it on again (train/loop.py)
+    try:
+        return _run(parsed, arguments)
+    finally:
+        gc.enable()
 
 
 def _run(parsed: Arguments, arguments: list[str]) -> int:
     env = read_environment()
-    gc.disable()  # imports and compilers make a million objects that stay; the loop turns it on again (train/loop.py)
     if not env.is_worker:
         count_gpus_without_cuda()
     with loading(lambda: ["sympy"]):  # torch needs it, and it nothing of torch

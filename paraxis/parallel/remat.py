@@ -3,6 +3,7 @@
 Source: Chen et al. 2016, "Training deep nets with sublinear memory cost"; selective form: Korthikanti et al. 2022, section 5.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
@@ -93,13 +94,13 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], kept: Sequence[Kept], traced:
 
 def _known(contexts: Any, kept: Kept) -> Any:
     """`contexts`, by which a compiled graph can be found again in torch's cache: a name for all that decides what they keep."""
-    contexts.cache_hash = sha256(repr((kept, sorted(map(str, KEPT)), _source())).encode()).hexdigest()
+    contexts.cache_hash = sha256(repr((kept, _source())).encode()).hexdigest()
     return contexts
 
 
 @cache
 def _source() -> tuple[str, ...]:
-    return tuple(map(getsource, (_policy, _contexts, call_name)))
+    return tuple(getsource(sys.modules[function.__module__]) for function in (_known, call_name))
 
 
 def _recomputed(forward: Any, options: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from paraxis.cli import main
 from paraxis.train import loop
 from tests.runs import RECIPES, SMALL, events, lines, metrics, paraxis, succeeded
 
@@ -139,3 +140,9 @@ def test_the_garbage_collector_waits_for_the_first_step_and_then_looks_at_new_ob
 
     succeeded(paraxis(*train("--run-dir=run", "--train.steps=3"), folder=tmp_path, before=watch))
     assert (tmp_path / "seen").read_text().splitlines() == ["False False", "True True", "True True"]
+
+
+def test_a_command_leaves_the_garbage_collector_on(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "debug", "--print-config"]) == 0
+    assert gc.isenabled()
+    assert "[train]" in capsys.readouterr().out
