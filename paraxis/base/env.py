@@ -121,6 +121,12 @@ def prefer_expandable_segments() -> None:
         os.environ.update(_EXPANDABLE)
 
 
+def keep_attention_kernels() -> None:
+    """Has FlashAttention-4 keep on disk what it compiles; only before this process first imports it. What a person says stays."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(_cache_dir(os.environ) / "flash-attn-4"))
+
+
 def keep_freed_memory() -> None:
     """Has this process's malloc keep what is freed for the next step, which the kernel would have to clear first. glibc alone listens.
 

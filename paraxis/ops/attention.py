@@ -20,11 +20,12 @@ from paraxis.base.device import Device
 from paraxis.base.dtypes import at_least_fp32
 from paraxis.base.errors import ConfigError
 from paraxis.base.seams import Attend
+from paraxis.ops import flash4
 
 log = logging.getLogger("paraxis")
 
 HALF = (torch.bfloat16, torch.float16)
-BACKENDS = ("cudnn", "flash", "flex", "sdpa", "reference")
+BACKENDS = ("flash4", "cudnn", "flash", "flex", "sdpa", "reference")
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -74,13 +75,24 @@ class FusedSdpa:
     backend: SDPBackend
 
     def mask(self, documents_bt: Tensor | None) -> None:
-        if documents_bt is not None:
-            raise ConfigError(f"attention {self.backend.name} sees whole rows, but this batch keeps documents apart; use attention=auto")
+        _refuse_documents(self.backend.name, documents_bt)
 
     def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: None) -> Tensor:
         assert q_bthd.shape[1] == k_bsgd.shape[1], "made for training: as many queries as keys"
         with sdpa_kernel([self.backend]):
             return _sdpa(q_bthd, k_bsgd, v_bsgd, None, causal=True)
+
+
+class Flash4:
+    """FlashAttention-4, for whole rows."""
+
+    def mask(self, documents_bt: Tensor | None) -> None:
+        _refuse_documents("flash4", documents_bt)
+
+    def __call__(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, mask: None) -> Tensor:
+        assert q_bthd.shape[1] == k_bsgd.shape[1], "made for training: as many queries as keys"
+        q_bhtd, k_bgsd, v_bgsd = (x.transpose(1, 2) for x in (q_bthd, k_bsgd, v_bsgd))
+        return flash4.flash_attention_4(q_bhtd, k_bgsd, v_bgsd, True, None, 0)[0].transpose(1, 2)
 
 
 class Flex:
@@ -139,6 +151,7 @@ def choose_attention(request: str, device: Device, documents: bool, head_width: 
     elif why := problems.get(request, f"there is no such backend; choose auto or one of {', '.join(problems)}"):
         raise ConfigError(f"attention={request!r} cannot run here: {why}; attention=auto takes one that can")
     backends: dict[str, Attend] = {
+        "flash4": Flash4(),
         "cudnn": FusedSdpa(SDPBackend.CUDNN_ATTENTION),
         "flash": FusedSdpa(SDPBackend.FLASH_ATTENTION),
         "flex": Flex(),
@@ -179,7 +192,13 @@ def _problems(device: Device, documents: bool, head_width: int | None, dtype: to
         flex = f"it does not compute in {dtype}"
     elif 0 < width < 16:
         flex = f"heads of width {width} are under 16"
-    return {"cudnn": cudnn, "flash": flash, "flex": flex, "sdpa": None, "reference": None}
+    newest = fused or flash4.why_not(device, width)
+    return {"flash4": newest, "cudnn": cudnn, "flash": flash, "flex": flex, "sdpa": None, "reference": None}
+
+
+def _refuse_documents(name: str, documents_bt: Tensor | None) -> None:
+    if documents_bt is not None:
+        raise ConfigError(f"attention {name} sees whole rows, but this batch keeps documents apart; use attention=auto")
 
 
 def _sdpa(q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, seen: Tensor | None, *, causal: bool) -> Tensor:

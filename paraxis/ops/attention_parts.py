@@ -20,6 +20,7 @@ from torch import Tensor
 
 from paraxis.base.device import Device
 from paraxis.base.dtypes import at_least_fp32
+from paraxis.ops import flash4
 from paraxis.ops.attention import HALF, causal_mask, document_mask
 
 log = logging.getLogger("paraxis")
@@ -192,6 +193,28 @@ class VarlenParts(FlashParts):
         return dq, dk, dv
 
 
+class Flash4Parts(_KernelParts):
+    """FlashAttention-4, in bf16 or fp16; all documents of a block in one call."""
+
+    def _forward(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        return flash4.flash_attention_4(q_bhtd, k_bgsd, v_bgsd, causal, None, 0)
+
+    def _backward(self, grad_q_k_v_out: list[Tensor], lse_bht: Tensor, causal: bool) -> Gradients:
+        return flash4.flash_attention_4_backward(*grad_q_k_v_out, lse_bht, causal, None, 0)
+
+    def _forward_documents(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, documents: Runs) -> tuple[Tensor, Tensor]:
+        q, k, v = (_end_to_end(x)[None].transpose(1, 2) for x in (q_bthd, k_bsgd, v_bsgd))
+        out, lse = flash4.flash_attention_4(q, k, v, True, documents.ends, documents.longest)
+        return out[0].transpose(0, 1).unflatten(0, q_bthd.shape[:2]), _lse_by_row(lse[0], q_bthd)
+
+    def _backward_documents(self, grad_q_k_v_out: list[Tensor], lse_bht: Tensor, documents: Runs) -> Gradients:
+        turned = [_end_to_end(x)[None].transpose(1, 2) for x in grad_q_k_v_out]
+        lse = _lse_end_to_end(lse_bht)[None]
+        grads = flash4.flash_attention_4_backward(*turned, lse, True, documents.ends, documents.longest)
+        dq, dk, dv = (x[0].transpose(0, 1).unflatten(0, lse_bht.shape[::2]) for x in grads)
+        return dq, dk, dv
+
+
 class CudnnParts(_KernelParts):
     """cuDNN's fused attention, in bf16 or fp16. Its log-sum-exp has a fourth dimension of size 1."""
 
@@ -239,12 +262,14 @@ def choose_parts(device: Device, dtype: torch.dtype, masked: bool, head_width: i
         parts, why = ReferenceParts(), f"the fused kernels compute in bf16 or fp16, not {dtype}"
     elif head_width % 8 or head_width > 256:
         parts, why = ReferenceParts(), f"heads of width {head_width} are not a multiple of 8 up to 256"
+    elif flash4.why_not(device, head_width) is None:
+        parts, why = Flash4Parts(), "it is the fastest, and takes the documents of a block in one call"
     elif masked and torch.version.hip is None:
         parts, why = VarlenParts(), "it takes the documents of a block in one call, and blocks of any shape without preparing for each"
     elif head_width > 128 or torch.are_deterministic_algorithms_enabled() or torch.version.hip is not None:
         parts, why = FlashParts(), "cuDNN's is for heads of up to 128, not deterministic and not for ROCm"
     else:
-        parts, why = CudnnParts(), "it is the fastest"
+        parts, why = CudnnParts(), f"it is the fastest here ({flash4.why_not(device, head_width)})"
     log.info("attention to blocks of keys: chose %s on %s: %s", type(parts).__name__, device.name, why)
     return parts
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from paraxis.base.strategy import RematConfig
+from paraxis.ops.flash4 import flash_attention_4
 from paraxis.ops.float8 import block_product
 from paraxis.ops.fp4 import fp4_product
 from paraxis.parallel.knapsack import Call
@@ -36,6 +37,7 @@ KEPT: set[Any] = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    flash_attention_4._opoverload,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_reduce.default,
     _aten._grouped_mm.default,

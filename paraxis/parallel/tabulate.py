@@ -31,6 +31,7 @@ ATTENTION = {
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "paraxis.scaled_dot_product_flash_attention_4.default",
     "flex_attention",
 }
 PRODUCTS = {

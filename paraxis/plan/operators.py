@@ -121,7 +121,7 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, number: Number, lane: 
         left, right, numbers = BLOCK_PRODUCTS[name]
         sizes = args[left].shape[0], args[right].shape[0], args[left].shape[1] * numbers, 1
         return Operator(sort="product", dtype=DTYPES[args[left].dtype], sizes=sizes, **common)
-    if "attention" in name and name.startswith("aten::"):
+    if "attention" in name and name.startswith(("aten::", "paraxis::")):
         return _attention(func, name, args, kwargs, common)
     fusible = func.namespace in ("aten", "prims") and not any(word in name for word in ALONE)
     return Operator(sort="traffic", fusible=fusible, **common)

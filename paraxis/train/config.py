@@ -85,7 +85,7 @@ class RunConfig:
         "float8_blockwise, and on Blackwell mxfp8, nvfp4",
     ] = "bf16"
     float8: Float8Config = field(default_factory=Float8Config)
-    attention: Annotated[str, "attention kernel: auto, or one by name (reference, sdpa, cudnn, flash, flex)"] = "auto"
+    attention: Annotated[str, "attention kernel: auto, or one by name (flash4, cudnn, flash, flex, sdpa, reference)"] = "auto"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from paraxis.base.device import CPU, Device
 from paraxis.base.errors import ConfigError
-from paraxis.ops import attention
+from paraxis.ops import attention, flash4
 from paraxis.ops.attention import Flex, FusedSdpa, Reference, Sdpa, choose_attention, document_block_mask
 from paraxis.parallel.world import this_device
 
@@ -112,7 +112,8 @@ def chosen(request, device, documents, width=128, dtype=torch.bfloat16):
     return choose_attention(request, device, documents, width, dtype)
 
 
-def test_auto_chooses_by_device_dtype_and_documents(caplog):
+def test_auto_chooses_by_device_dtype_and_documents(caplog, monkeypatch):
+    monkeypatch.setattr(flash4, "_is_installed", lambda: False)
     caplog.set_level(logging.INFO, "paraxis")
     assert chosen("auto", GPU, False) == FusedSdpa(SDPBackend.CUDNN_ATTENTION)
     assert chosen("auto", GPU, False, width=256) == FusedSdpa(SDPBackend.FLASH_ATTENTION)
@@ -120,7 +121,7 @@ def test_auto_chooses_by_device_dtype_and_documents(caplog):
     assert isinstance(chosen("auto", GPU, True, dtype=torch.float64), Sdpa)
     assert isinstance(chosen("auto", GPU, False, dtype=torch.float32), Sdpa)
     assert isinstance(chosen("auto", CPU, True), Sdpa)
-    assert "auto chose sdpa on CPU (not cudnn: it needs a CUDA device" in caplog.text
+    assert "auto chose sdpa on CPU (not flash4: it needs a CUDA device" in caplog.text
 
 
 def test_an_explicit_request_is_met_or_refused_with_the_reason():
@@ -131,7 +132,7 @@ def test_an_explicit_request_is_met_or_refused_with_the_reason():
         chosen("flash", replace(GPU, name="Tesla V100", capability=(7, 0)), False)
     with pytest.raises(ConfigError, match=r"flash.*keep documents apart"):
         chosen("flash", GPU, True)
-    with pytest.raises(ConfigError, match=r"no such backend.*cudnn, flash, flex, sdpa, reference"):
+    with pytest.raises(ConfigError, match=r"no such backend.*flash4, cudnn, flash, flex, sdpa, reference"):
         chosen("fast", CPU, False)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from paraxis.base.device import CPU, Device
+from paraxis.ops import flash4
 from paraxis.ops.attention import Reference, document_mask
 from paraxis.ops.attention_parts import CpuFlashParts, CudnnParts, FlashParts, Merged, ReferenceParts, Runs, VarlenParts, choose_parts
 
@@ -107,7 +108,8 @@ def test_a_part_that_saw_no_key_changes_nothing_merged_first_or_last():
         assert torch.equal(merged.lse_bht, whole[1])
 
 
-def test_parts_are_chosen_with_a_reason(caplog):
+def test_parts_are_chosen_with_a_reason(caplog, monkeypatch):
+    monkeypatch.setattr(flash4, "_is_installed", lambda: False)
     caplog.set_level("INFO", logger="paraxis")
     assert isinstance(choose_parts(CPU, torch.float64, False, 64), CpuFlashParts)
     assert isinstance(choose_parts(GPU, torch.bfloat16, False, 128), CudnnParts)
