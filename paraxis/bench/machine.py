@@ -31,6 +31,7 @@ def look() -> Machine:
     import torch
     from torch.cuda import nccl
 
+    from paraxis.ops import flash4
     from paraxis.parallel.world import this_device, visible_devices
 
     devices = visible_devices()
@@ -38,6 +39,7 @@ def look() -> Machine:
     if devices:
         versions["cudnn"] = str(torch.backends.cudnn.version())
         versions["nccl"] = ".".join(map(str, nccl.version()))
+        versions |= {flash4.PACKAGE: found} if (found := flash4.installed_version()) else {}
     return Machine(devices, this_device(0).name, cores(), versions)
 
 

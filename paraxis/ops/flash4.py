@@ -21,13 +21,22 @@ PACKAGE = "flash-attn-4"
 GENERATIONS = (9, 10)  # Hopper, Blackwell: compute capabilities that it has both passes for
 
 
+@cache
+def installed_version() -> str | None:
+    """The version of the package, or None where it is not installed."""
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return None
+
+
 def why_not(device: Device, head_width: int) -> str | None:
     """Why these kernels cannot run on a CUDA `device` with heads of this width, or None."""
     if device.capability[0] not in GENERATIONS:
         return f"FlashAttention-4 is for Hopper and Blackwell GPUs, this is {device.name}"
     if not 0 < head_width <= 128 or head_width % 8:
         return f"heads of width {head_width} are not a multiple of 8 up to 128" if head_width else "the width of heads is not known"
-    return None if _is_installed() else f"the package {PACKAGE} is not installed"
+    return None if installed_version() else f"the package {PACKAGE} is not installed"
 
 
 # Documents lie end to end in one row, document i at positions ends[i] to ends[i + 1] (int32), none longer than `longest`.
@@ -114,14 +123,6 @@ def _turned_back(x: Tensor, packed: bool) -> Tensor:
 
 def _lengths(ends: Tensor | None, longest: int) -> dict[str, Any]:
     return {} if ends is None else {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
-
-
-@cache
-def _is_installed() -> bool:
-    try:
-        return bool(version(PACKAGE))
-    except PackageNotFoundError:
-        return False
 
 
 @cache

@@ -113,7 +113,7 @@ def chosen(request, device, documents, width=128, dtype=torch.bfloat16):
 
 
 def test_auto_chooses_by_device_dtype_and_documents(caplog, monkeypatch):
-    monkeypatch.setattr(flash4, "_is_installed", lambda: False)
+    monkeypatch.setattr(flash4, "installed_version", lambda: None)
     caplog.set_level(logging.INFO, "paraxis")
     assert chosen("auto", GPU, False) == FusedSdpa(SDPBackend.CUDNN_ATTENTION)
     assert chosen("auto", GPU, False, width=256) == FusedSdpa(SDPBackend.FLASH_ATTENTION)

@@ -109,7 +109,7 @@ def test_a_part_that_saw_no_key_changes_nothing_merged_first_or_last():
 
 
 def test_parts_are_chosen_with_a_reason(caplog, monkeypatch):
-    monkeypatch.setattr(flash4, "_is_installed", lambda: False)
+    monkeypatch.setattr(flash4, "installed_version", lambda: None)
     caplog.set_level("INFO", logger="paraxis")
     assert isinstance(choose_parts(CPU, torch.float64, False, 64), CpuFlashParts)
     assert isinstance(choose_parts(GPU, torch.bfloat16, False, 128), CudnnParts)

@@ -31,7 +31,8 @@ def _rows(x, packed):
 def _forward(q, k, v, *, causal, return_lse, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0):
     """In the place of the package's: [b, t, h, d], or of documents [n, h, d]; it has more to return than is wanted."""
     packed = cu_seqlens_q is not None
-    assert return_lse and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+    assert return_lse
+    assert (cu_seqlens_q is cu_seqlens_k, max_seqlen_q) == (True, max_seqlen_k)
     q, k, v = (_rows(x, packed) for x in (q, k, v))
     out, lse = ReferenceParts().forward(q, k, v, causal=causal, documents=_runs(cu_seqlens_q, max_seqlen_q))
     out, lse = out.to(q.dtype).contiguous(), lse.float().contiguous()
@@ -52,7 +53,7 @@ def stand_in(monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(flash4, "_is_installed", lambda: True)
+    monkeypatch.setattr(flash4, "installed_version", lambda: "4.0")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -102,7 +103,7 @@ def test_a_request_that_cannot_be_met_is_refused_with_the_reason(monkeypatch):
     def asked(device, width=128, masked=False):
         return choose_attention("flash4", device, masked, width, torch.bfloat16)
 
-    monkeypatch.setattr(flash4, "_is_installed", lambda: False)
+    monkeypatch.setattr(flash4, "installed_version", lambda: None)
     with pytest.raises(ConfigError, match=r"flash4.*the package flash-attn-4 is not installed"):
         asked(HOPPER)
     with pytest.raises(ConfigError, match=r"flash4.*Hopper and Blackwell GPUs, this is NVIDIA A100"):
@@ -115,7 +116,7 @@ def test_a_request_that_cannot_be_met_is_refused_with_the_reason(monkeypatch):
         Flash4().mask(documents(1, 8))
 
 
-needs_package = pytest.mark.skipif(not flash4._is_installed(), reason=f"needs the package {flash4.PACKAGE}")
+needs_package = pytest.mark.skipif(not flash4.installed_version(), reason=f"needs the package {flash4.PACKAGE}")
 
 
 @pytest.mark.gpu
