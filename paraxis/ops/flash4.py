@@ -6,6 +6,7 @@ its private functions is asked here alone. They are compiled when first called, 
 b batch rows, t queries, s keys, h query heads, g key/value heads, d head width.
 """
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -128,4 +129,5 @@ def _lengths(ends: Tensor | None, longest: int) -> dict[str, Any]:
 @cache
 def _kernels() -> Any:
     keep_attention_kernels()
+    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # the package's compiler, about the package's own kernels
     return import_module("flash_attn.cute.interface")
