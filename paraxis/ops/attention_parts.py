@@ -180,21 +180,41 @@ class FlashParts(_KernelParts):
         return aten._scaled_dot_product_flash_attention_backward(*grad_q_k_v_out, lse_bht, *lengths, 0.0, causal, seed, seed)
 
 
-class VarlenParts(FlashParts):
-    """FlashAttention-2 for CUDA with all documents of a block in one call, as sequences of variable length."""
+class _DocumentsAtOnce(_KernelParts):
+    """All documents of a block in one call, as sequences of variable length: its n = b * t positions end to end."""
 
     def _forward_documents(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, documents: Runs) -> tuple[Tensor, Tensor]:
-        out_nhd, lse_hn = _varlen_forward(_end_to_end(q_bthd), _end_to_end(k_bsgd), _end_to_end(v_bsgd), documents)
+        out_nhd, lse_hn = self._forward_at_once(_end_to_end(q_bthd), _end_to_end(k_bsgd), _end_to_end(v_bsgd), documents)
         return out_nhd.unflatten(0, q_bthd.shape[:2]), _lse_by_row(lse_hn, q_bthd)
 
     def _backward_documents(self, grad_q_k_v_out: list[Tensor], lse_bht: Tensor, documents: Runs) -> Gradients:
-        grads = _varlen_backward([_end_to_end(x) for x in grad_q_k_v_out], _lse_end_to_end(lse_bht), documents)
+        grads = self._backward_at_once([_end_to_end(x) for x in grad_q_k_v_out], _lse_end_to_end(lse_bht), documents)
         dq, dk, dv = (x.unflatten(0, lse_bht.shape[::2]) for x in grads)
         return dq, dk, dv
 
+    @abstractmethod
+    def _forward_at_once(self, q_nhd: Tensor, k_ngd: Tensor, v_ngd: Tensor, documents: Runs) -> tuple[Tensor, Tensor]:
+        """Output [n, h, d] and log-sum-exp [h, n] of causal attention within each document."""
+        ...
 
-class Flash4Parts(_KernelParts):
-    """FlashAttention-4, in bf16 or fp16; all documents of a block in one call."""
+    @abstractmethod
+    def _backward_at_once(self, grad_q_k_v_out: list[Tensor], lse_hn: Tensor, documents: Runs) -> Gradients: ...
+
+
+class VarlenParts(_DocumentsAtOnce, FlashParts):
+    """FlashAttention-2 for CUDA, with all documents of a block in one call."""
+
+    def _forward_at_once(self, q_nhd: Tensor, k_ngd: Tensor, v_ngd: Tensor, documents: Runs) -> tuple[Tensor, Tensor]:
+        return aten._flash_attention_forward(q_nhd, k_ngd, v_ngd, *_varlen_lengths(documents), 0.0, True, False)[:2]
+
+    def _backward_at_once(self, grad_q_k_v_out: list[Tensor], lse_hn: Tensor, documents: Runs) -> Gradients:
+        seed = torch.zeros(2, dtype=torch.uint64, device=lse_hn.device)  # in place of a dropout's
+        unused = torch.empty(0, device=lse_hn.device)
+        return aten._flash_attention_backward(*grad_q_k_v_out, lse_hn, *_varlen_lengths(documents), 0.0, True, seed, unused)
+
+
+class Flash4Parts(_DocumentsAtOnce):
+    """FlashAttention-4, in bf16 or fp16."""
 
     def _forward(self, q_bhtd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         return flash4.flash_attention_4(q_bhtd, k_bgsd, v_bgsd, causal, None, 0)
@@ -202,16 +222,15 @@ class Flash4Parts(_KernelParts):
     def _backward(self, grad_q_k_v_out: list[Tensor], lse_bht: Tensor, causal: bool) -> Gradients:
         return flash4.flash_attention_4_backward(*grad_q_k_v_out, lse_bht, causal, None, 0)
 
-    def _forward_documents(self, q_bthd: Tensor, k_bsgd: Tensor, v_bsgd: Tensor, documents: Runs) -> tuple[Tensor, Tensor]:
-        q, k, v = (_end_to_end(x)[None].transpose(1, 2) for x in (q_bthd, k_bsgd, v_bsgd))
+    def _forward_at_once(self, q_nhd: Tensor, k_ngd: Tensor, v_ngd: Tensor, documents: Runs) -> tuple[Tensor, Tensor]:
+        q, k, v = (x[None].transpose(1, 2) for x in (q_nhd, k_ngd, v_ngd))
         out, lse = flash4.flash_attention_4(q, k, v, True, documents.ends, documents.longest)
-        return out[0].transpose(0, 1).unflatten(0, q_bthd.shape[:2]), _lse_by_row(lse[0], q_bthd)
+        return out[0].transpose(0, 1), lse[0]
 
-    def _backward_documents(self, grad_q_k_v_out: list[Tensor], lse_bht: Tensor, documents: Runs) -> Gradients:
-        turned = [_end_to_end(x)[None].transpose(1, 2) for x in grad_q_k_v_out]
-        lse = _lse_end_to_end(lse_bht)[None]
-        grads = flash4.flash_attention_4_backward(*turned, lse, True, documents.ends, documents.longest)
-        dq, dk, dv = (x[0].transpose(0, 1).unflatten(0, lse_bht.shape[::2]) for x in grads)
+    def _backward_at_once(self, grad_q_k_v_out: list[Tensor], lse_hn: Tensor, documents: Runs) -> Gradients:
+        turned = [x[None].transpose(1, 2) for x in grad_q_k_v_out]
+        grads = flash4.flash_attention_4_backward(*turned, lse_hn[None], True, documents.ends, documents.longest)
+        dq, dk, dv = (x[0].transpose(0, 1) for x in grads)
         return dq, dk, dv
 
 
@@ -254,22 +273,26 @@ class Merged:
         self.lse_bht[rows, :, queries] = both_bht
 
 
-def choose_parts(device: Device, dtype: torch.dtype, masked: bool, head_width: int) -> Parts:
-    """The fastest parts that work here; logs why. `masked` says whether documents are kept apart."""
+def choose_parts(device: Device, dtype: torch.dtype, masked: bool, head_width: int, request: str = "auto") -> Parts:
+    """The fastest parts that work here; logs why. `masked` says whether documents are kept apart.
+
+    `request` is the attention that was asked for by name: FlashAttention-4 is not taken in the place of another.
+    """
+    newest = flash4.why_not(device, head_width) if request in ("auto", "flash4") else f"attention={request} was asked for"
     if not device.is_cuda:
         parts, why = CpuFlashParts(), "its CPU kernel computes in any dtype"
     elif dtype not in HALF:
         parts, why = ReferenceParts(), f"the fused kernels compute in bf16 or fp16, not {dtype}"
     elif head_width % 8 or head_width > 256:
         parts, why = ReferenceParts(), f"heads of width {head_width} are not a multiple of 8 up to 256"
-    elif flash4.why_not(device, head_width) is None:
+    elif newest is None:
         parts, why = Flash4Parts(), "it is the fastest, and takes the documents of a block in one call"
     elif masked and torch.version.hip is None:
         parts, why = VarlenParts(), "it takes the documents of a block in one call, and blocks of any shape without preparing for each"
     elif head_width > 128 or torch.are_deterministic_algorithms_enabled() or torch.version.hip is not None:
         parts, why = FlashParts(), "cuDNN's is for heads of up to 128, not deterministic and not for ROCm"
     else:
-        parts, why = CudnnParts(), f"it is the fastest here ({flash4.why_not(device, head_width)})"
+        parts, why = CudnnParts(), f"it is the fastest without FlashAttention-4 ({newest})"
     log.info("attention to blocks of keys: chose %s on %s: %s", type(parts).__name__, device.name, why)
     return parts
 
@@ -284,17 +307,6 @@ def _scores(q_bthd: Tensor, k_bsgd: Tensor, causal: bool, documents: Runs | None
     if causal:
         return scores_bgrts.masked_fill(~causal_mask(q_bthd.shape[1], k_bsgd.shape[1], q_bthd.device), -torch.inf)
     return scores_bgrts
-
-
-def _varlen_forward(q_nhd: Tensor, k_ngd: Tensor, v_ngd: Tensor, documents: Runs) -> tuple[Tensor, Tensor]:
-    """Output [n, h, d] and log-sum-exp [h, n] of causal attention within each document."""
-    return aten._flash_attention_forward(q_nhd, k_ngd, v_ngd, *_varlen_lengths(documents), 0.0, True, False)[:2]
-
-
-def _varlen_backward(grad_q_k_v_out: list[Tensor], lse_hn: Tensor, documents: Runs) -> Gradients:
-    seed = torch.zeros(2, dtype=torch.uint64, device=lse_hn.device)  # in place of a dropout's
-    unused = torch.empty(0, device=lse_hn.device)
-    return aten._flash_attention_backward(*grad_q_k_v_out, lse_hn, *_varlen_lengths(documents), 0.0, True, seed, unused)
 
 
 def _varlen_lengths(documents: Runs) -> tuple[Tensor, Tensor, int, int]:

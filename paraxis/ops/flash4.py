@@ -32,8 +32,8 @@ def installed_version() -> str | None:
 
 
 def why_not(device: Device, head_width: int) -> str | None:
-    """Why these kernels cannot run on a CUDA `device` with heads of this width, or None."""
-    if device.capability[0] not in GENERATIONS:
+    """Why these kernels cannot run on `device` with heads of this width, or None."""
+    if torch.version.hip is not None or device.capability[0] not in GENERATIONS:
         return f"FlashAttention-4 is for Hopper and Blackwell GPUs, this is {device.name}"
     if not 0 < head_width <= 128 or head_width % 8:
         return f"heads of width {head_width} are not a multiple of 8 up to 128" if head_width else "the width of heads is not known"
@@ -82,17 +82,7 @@ def flash_attention_4_backward(
 
 
 @flash_attention_4_backward.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    is_causal: bool,
-    ends: Tensor | None,
-    longest: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
     return dq, dk, dv
 

@@ -120,6 +120,6 @@ def build_attention(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> Attend
     kind = context_kind(config, mesh.degrees)
     if parallel.cp_kind == "auto" and not parallel.cp_ulysses:
         log.info("context: auto chose %s over cp=%d", kind, cp)
-    parts = choose_parts(device, dtype, documents, width or 0)
+    parts = choose_parts(device, dtype, documents, width or 0, config.attention)
     whole = parts if config.attention == "auto" and not isinstance(parts, ReferenceParts) else None
     return context_attention(kind, parallel.cp_ulysses, mesh, parts, whole, attend)

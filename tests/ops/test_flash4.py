@@ -10,8 +10,11 @@ from paraxis.base.device import Device
 from paraxis.base.errors import ConfigError
 from paraxis.ops import flash4
 from paraxis.ops.attention import Flash4, Flex, FusedSdpa, Reference, choose_attention, document_mask
-from paraxis.ops.attention_parts import Flash4Parts, ReferenceParts, Runs, choose_parts
+from paraxis.ops.attention_parts import CudnnParts, Flash4Parts, ReferenceParts, Runs, VarlenParts, choose_parts
+from paraxis.parallel.remat import KEPT
+from paraxis.parallel.tabulate import call_name
 from paraxis.parallel.world import this_device
+from paraxis.plan.operators import describe
 from tests.ops.test_attention import documents, error, inputs, outcome
 from tests.ops.test_attention_parts import DOCUMENTS, document_blocks, expected, in_blocks, runs
 from tests.ops.test_attention_parts import inputs as block_inputs
@@ -77,6 +80,27 @@ def test_fake_tensors_are_laid_out_as_real_ones(stand_in, turned):
     torch.library.opcheck(flash4.flash_attention_4_backward, (torch.randn_like(out), q, k, v, out, lse, True, None, 0))
 
 
+def test_the_planner_prices_it_as_the_attention_that_it_is_and_checkpoints_keep_it():
+    q, k, v = (torch.empty(2, heads, 96, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2, 2))
+    theirs = torch.ops.aten._scaled_dot_product_flash_attention.default
+    out, lse = flash4.flash_attention_4(q, k, v, True, None, 0)
+    calls = {
+        theirs: (q, k, v, 0.0, True),
+        flash4.flash_attention_4._opoverload: (q, k, v, True, None, 0),
+        flash4.flash_attention_4_backward._opoverload: (torch.empty_like(out), q, k, v, out, lse, True, None, 0),
+    }
+    known, ours, back = (
+        describe(func, args, {}, func(*args), lambda x: x.untyped_storage()._cdata, "compute") for func, args in calls.items()
+    )
+    assert known is not None
+    assert ours is not None
+    assert back is not None
+    assert (ours.sort, ours.sizes, ours.causal, ours.backward) == (known.sort, known.sizes, True, False)
+    assert (back.sort, back.sizes, back.causal, back.backward) == ("attention", known.sizes, True, True)
+    assert call_name(flash4.flash_attention_4._opoverload) == call_name(theirs) == "attention"
+    assert flash4.flash_attention_4._opoverload in KEPT
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_blocks_merged_are_attention_to_all_keys(stand_in, kv_heads):
     qkv, cotangent = block_inputs(kv_heads, torch.float32)
@@ -97,6 +121,12 @@ def test_auto_takes_it_for_whole_rows_where_it_is_installed(installed):
     assert isinstance(choose_parts(HOPPER, torch.bfloat16, True, 128), Flash4Parts)
     assert isinstance(choose_parts(HOPPER, torch.float32, False, 128), ReferenceParts)
     assert not isinstance(choose_parts(AMPERE, torch.bfloat16, False, 128), Flash4Parts)
+
+
+def test_it_is_not_taken_for_blocks_where_another_was_asked_for(installed):
+    assert isinstance(choose_parts(HOPPER, torch.bfloat16, False, 128, "cudnn"), CudnnParts)
+    assert isinstance(choose_parts(HOPPER, torch.bfloat16, True, 128, "flex"), VarlenParts)
+    assert isinstance(choose_parts(HOPPER, torch.bfloat16, False, 128, "flash4"), Flash4Parts)
 
 
 def test_a_request_that_cannot_be_met_is_refused_with_the_reason(monkeypatch):
